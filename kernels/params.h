@@ -1,0 +1,150 @@
+// The problems that a backend solves: one plain struct a stage, shapes beside every pointer. No
+// ownership, no policy.
+//
+// A shard is described in local coordinates: the tokens that a rank owns, in global order, numbered
+// from 0. Ownership is monotone, so what a query may see is always a prefix of the local tokens,
+// and a global span is a local span. The letters: T query rows, H query heads, G KV heads, D key
+// size, E value size, B block.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/data_type.h"
+#include "kernels/method.h"
+
+namespace longspan {
+
+// Entries (tokens, or summaries of them) in pages of 64. A page holds
+//   keys [G][64][D] at byte 0, then values [G][64][E] at byte `value_offset_bytes()`.
+// A kMean summary has keys only (E = 0); kMinMax keeps minima as keys and maxima as values (E = D).
+struct PagedView {
+  const std::byte* const* pages = nullptr;  // [ceil(num_entries / 64)]
+  int64_t num_entries = 0;
+  DataType dtype = DataType::kBFloat16;
+  int num_kv_heads = 0;
+  int key_dim = 0;
+  int value_dim = 0;
+
+  size_t value_offset_bytes() const { return element_bytes(key_dim); }
+  size_t page_bytes() const { return element_bytes(key_dim + value_dim); }
+  const std::byte* key(int64_t entry, int kv_head) const {
+    return pages[entry / kPageTokens] + row_bytes(entry, kv_head, key_dim);
+  }
+  const std::byte* value(int64_t entry, int kv_head) const {
+    return pages[entry / kPageTokens] + value_offset_bytes() + row_bytes(entry, kv_head, value_dim);
+  }
+
+ private:
+  size_t element_bytes(int dim) const {
+    return static_cast<size_t>(num_kv_heads) * kPageTokens * static_cast<size_t>(dim) *
+           size_of(dtype);
+  }
+  size_t row_bytes(int64_t entry, int kv_head, int dim) const {
+    const auto row =
+        static_cast<size_t>(kv_head) * kPageTokens + static_cast<size_t>(entry % kPageTokens);
+    return row * static_cast<size_t>(dim) * size_of(dtype);
+  }
+};
+
+// Half-open, in entries of the view at hand.
+struct Span {
+  int64_t begin = 0;
+  int64_t end = 0;
+  bool operator==(const Span&) const = default;
+};
+
+// out entry (first_out + i), i in [0, num_entries): the summary of tokens [s, s + spec.span()) with
+// s = (first_entry + i) * spec.stride(), in positions of `tokens`. Accumulated in fp32 in token
+// order, then rounded to out.dtype. The pages of `out` are written.
+struct SummarizeParams {
+  const SummarySpec* spec = nullptr;
+  PagedView tokens;
+  int64_t first_entry = 0;
+  int64_t num_entries = 0;
+  PagedView out;
+  int64_t first_out = 0;
+};
+
+// Scores candidates and keeps the best of each row, in one call.
+struct SearchParams {
+  const SearchSpec* spec = nullptr;
+  const float* query = nullptr;  // [T][H][D]: the attention query or the supplied search query
+  int64_t num_rows = 0;          // T
+  int num_query_heads = 0;       // H
+  float scale = 1.0F;            // of logits, for kSoftmax alone; raw scores are not scaled
+  float soft_cap = 0.0F;         // for kSoftmax alone
+
+  // Summary view: the entries of the shard. Anchor view: its keys.
+  PagedView view;
+
+  // Candidates of row t. Either the blocks [candidate_begin[t], candidate_end[t]) (local block
+  // ids), or, for anchors, the entries candidates[candidate_offsets[t] .. candidate_offsets[t +
+  // 1]), ascending local tokens.
+  const int64_t* candidate_begin = nullptr;    // [T]
+  const int64_t* candidate_end = nullptr;      // [T]
+  const int64_t* candidates = nullptr;         // anchors
+  const int64_t* candidate_offsets = nullptr;  // [T + 1], anchors
+
+  // kSoftmax (NSA importance), where a block is summed over the windows that overlap it:
+  const SummarySpec* summary = nullptr;
+  int block_tokens = 0;                      // of the selection
+  const int64_t* visible_entries = nullptr;  // [T]: local windows [0, n) end at or before the query
+  const float* lse = nullptr;                // [T][H]: over all visible windows of all ranks
+  // Windows that start before a stripe of this shard and reach into it, (window/stride - 1) a
+  // stripe, in order; null pages where the whole context is one stripe. Window m of stripe s is
+  // entry s * (window/stride - 1) + m. The first stripe of the context has no windows before it:
+  // its entries are never read.
+  PagedView halo;
+  int64_t stripe_tokens = 0;  // local tokens in a stripe; 0: one stripe
+  // Whether local token 0 is token 0 of the context (then stripe 0 has no windows before it).
+  bool starts_context = true;
+
+  // At most k[t] of row t are kept, k[t] <= max_k.
+  const int64_t* k = nullptr;  // [T]
+  int64_t max_k = 0;
+
+  // Ordered by higher score, then lower id; NaN scores count as -inf. S = num_selection_heads(spec,
+  // H, G). Unused places: id -1, score -inf.
+  float* scores = nullptr;  // [T][S][max_k]
+  int64_t* ids = nullptr;  // [T][S][max_k]: local block id, or index of the local token for anchors
+};
+
+// Exact attention of each row over its spans. An empty row has out = 0 and lse = -inf.
+struct AttendParams {
+  const float* query = nullptr;        // [num_queries][H][D]
+  const int64_t* row_query = nullptr;  // [T] index of the row's query; null: the row's own number
+  int64_t num_rows = 0;                // T
+  int num_query_heads = 0;             // H
+  PagedView kv;
+
+  // Row t, selection head s (S = 1, G or H of them; head h uses s = h * S / H):
+  // spans[offsets[t*S+s] .. offsets[t*S+s+1]), ascending, disjoint, inside [0, kv.num_entries).
+  int num_selection_heads = 1;
+  const int64_t* span_offsets = nullptr;  // [T * S + 1]
+  const Span* spans = nullptr;
+
+  float scale = 1.0F;
+  float soft_cap = 0.0F;  // 0: none; otherwise logit = cap * tanh(logit / cap)
+
+  float* out = nullptr;  // [T][H][E]; null: only lse is wanted
+  float* lse = nullptr;  // [T][H], natural log
+};
+
+// Joins partial results of the same rows. Without weights by log-sum-exp:
+//   m = max lse_p, w_p = exp(lse_p - m), out = sum w_p out_p / sum w_p, lse = m + log(sum w_p);
+// with weights as a plain sum: out = sum weights[p] out_p (parts whose lse is -inf are zero), lse
+// is not written.
+struct MergeParams {
+  int num_parts = 0;
+  const float* const* part_out = nullptr;  // [num_parts] of [num_rows][E]
+  const float* const* part_lse = nullptr;  // [num_parts] of [num_rows]; unused with weights
+  const float* const* weights = nullptr;   // [num_parts] of [num_rows], or null
+  const float* sink_logits = nullptr;  // [num_rows] or null: one more part with out = 0, lse = sink
+  int64_t num_rows = 0;                // rows times heads
+  int value_dim = 0;
+  float* out = nullptr;  // [num_rows][E]; may be part_out[0]
+  float* lse = nullptr;  // [num_rows]; may be part_lse[0]
+};
+
+}  // namespace longspan
