@@ -67,3 +67,19 @@ function(longspan_test name)
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
 endfunction()
+
+# longspan_python_test(folder.unit FILES ... [LABELS ...] [TIMEOUT s]): pytest over the files, in the virtual environment
+# that tests/run makes. $LONGSPAN_BINARY is the command-line tool of this build, $LONGSPAN_BINARY_DIR its folder.
+function(longspan_python_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "FILES;LABELS" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  list(TRANSFORM ARG_FILES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+  add_test(NAME ${name}
+    COMMAND ${CMAKE_SOURCE_DIR}/build/venv/bin/python -m pytest -q -p no:cacheprovider ${ARG_FILES}
+    WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(${name} PROPERTIES
+    LABELS "python;${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
+    ENVIRONMENT "LONGSPAN_BINARY=${CMAKE_RUNTIME_OUTPUT_DIRECTORY}/longspan;LONGSPAN_BINARY_DIR=${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
+endfunction()
