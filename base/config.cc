@@ -19,7 +19,7 @@ namespace longspan {
 namespace {
 
 struct Suffix {
-  std::string_view text;
+  absl::string_view text;
   int64_t factor;
 };
 // The largest first: the order in which a value is printed.
@@ -32,7 +32,7 @@ constexpr Suffix kDurationSuffixes[] = {{"h", 3'600'000}, {"min", 60'000}, {"ms"
 
 // An integer, optionally followed by one of the suffixes.
 template <size_t N>
-std::optional<int64_t> parse_scaled(std::string_view text, const Suffix (&suffixes)[N]) {
+std::optional<int64_t> parse_scaled(absl::string_view text, const Suffix (&suffixes)[N]) {
   int64_t factor = 1;
   for (const Suffix& suffix : suffixes) {
     if (absl::ConsumeSuffix(&text, suffix.text)) {
@@ -62,11 +62,11 @@ struct Overloaded : Visitors... {
   using Visitors::operator()...;
 };
 
-Status wrong(std::string_view text, std::string_view expected) {
+Status wrong(absl::string_view text, absl::string_view expected) {
   return absl::InvalidArgumentError(absl::StrCat("\"", text, "\" is not ", expected));
 }
 
-Status check_bounds(const Option& option, int64_t value, std::string_view text) {
+Status check_bounds(const Option& option, int64_t value, absl::string_view text) {
   if (value < option.min || value > option.max) {
     return absl::InvalidArgumentError(
         option.max == std::numeric_limits<int64_t>::max()
@@ -76,7 +76,7 @@ Status check_bounds(const Option& option, int64_t value, std::string_view text) 
   return absl::OkStatus();
 }
 
-Status set_integer(const Option& option, int64_t& target, std::string_view text) {
+Status set_integer(const Option& option, int64_t& target, absl::string_view text) {
   std::optional<int64_t> value;
   if (option.unit == Option::Unit::kBytes) {
     value = parse_scaled(text, kByteSuffixes);
@@ -91,9 +91,10 @@ Status set_integer(const Option& option, int64_t& target, std::string_view text)
   return absl::OkStatus();
 }
 
-Status set_text(const Option& option, std::string& target, std::string_view text) {
+Status set_text(const Option& option, std::string& target, absl::string_view text) {
   if (!option.choices.empty() &&
-      std::find(option.choices.begin(), option.choices.end(), text) == option.choices.end()) {
+      std::find(option.choices.begin(), option.choices.end(), std::string(text)) ==
+          option.choices.end()) {
     return wrong(text, absl::StrCat("one of ", absl::StrJoin(option.choices, ", ")));
   }
   target = std::string(text);
@@ -102,7 +103,7 @@ Status set_text(const Option& option, std::string& target, std::string_view text
 
 Status set_duration(const Option& option,
                     std::chrono::milliseconds& target,
-                    std::string_view text) {
+                    absl::string_view text) {
   const std::optional<int64_t> value = parse_scaled(text, kDurationSuffixes);
   if (!value) {
     return wrong(text, "a duration such as 500ms, 2s or 5min");
@@ -112,20 +113,20 @@ Status set_duration(const Option& option,
   return absl::OkStatus();
 }
 
-const Option* find_option(const Options& options, std::string_view name) {
+const Option* find_option(const Options& options, absl::string_view name) {
   const auto found = std::find_if(
       options.begin(), options.end(), [name](const Option& option) { return option.name == name; });
   return found == options.end() ? nullptr : &*found;
 }
 
 // The value of a line without its comment and quotes.
-StatusOr<std::string> unquote(std::string_view text) {
+StatusOr<std::string> unquote(absl::string_view text) {
   if (absl::ConsumePrefix(&text, "\"")) {
     const size_t end = text.find('"');
-    if (end == std::string_view::npos) {
+    if (end == absl::string_view::npos) {
       return absl::InvalidArgumentError("the closing quote is missing");
     }
-    const std::string_view rest = absl::StripAsciiWhitespace(text.substr(end + 1));
+    const absl::string_view rest = absl::StripAsciiWhitespace(text.substr(end + 1));
     if (!rest.empty() && rest.front() != '#') {
       return absl::InvalidArgumentError(absl::StrCat("unexpected \"", rest, "\" after the value"));
     }
@@ -155,12 +156,12 @@ class FileReader {
   }
 
  private:
-  Status read_line(std::string_view line) {
+  Status read_line(absl::string_view line) {
     if (line.empty() || line.front() == '#') {
       return absl::OkStatus();
     }
     const size_t equals = line.find('=');
-    if (equals == std::string_view::npos) {
+    if (equals == absl::string_view::npos) {
       return absl::InvalidArgumentError(absl::StrCat("\"", line, "\" is not name = value"));
     }
     const std::string name(absl::StripAsciiWhitespace(line.substr(0, equals)));
@@ -220,7 +221,7 @@ std::string Option::value() const {
       target);
 }
 
-Status Option::set(std::string_view text) const {
+Status Option::set(absl::string_view text) const {
   return std::visit(
       Overloaded{
           [text](bool* set) {

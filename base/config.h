@@ -10,10 +10,11 @@
 #include <limits>
 #include <map>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <variant>
 #include <vector>
+
+#include "absl/strings/string_view.h"
 
 #include "base/status.h"
 
@@ -38,7 +39,7 @@ struct Option {
   std::string type() const;         // "integer", "bytes", "duration", "boolean", "text"
   std::string value() const;        // as a file would spell it
   // INVALID_ARGUMENT says what is wrong with the text; the variable is then unchanged.
-  Status set(std::string_view text) const;
+  Status set(absl::string_view text) const;
 };
 
 using Options = std::vector<Option>;
