@@ -57,7 +57,7 @@ function(longspan_binary name)
   target_link_libraries(${name} PRIVATE ${ARG_DEPENDS} longspan_flags)
 endfunction()
 
-# longspan_test(folder.unit SOURCES ... DEPENDS ... [LABELS ...] [TIMEOUT s])
+# longspan_test(folder.unit SOURCES ... DEPENDS ... [LABELS ...] [TIMEOUT s]); the target tests_<folder> builds a folder's tests.
 function(longspan_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;DEPENDS;LABELS" ${ARGN})
   if(NOT ARG_TIMEOUT)
@@ -66,6 +66,11 @@ function(longspan_test name)
   longspan_binary(${name} SOURCES ${ARG_SOURCES} DEPENDS ${ARG_DEPENDS} GTest::gtest GTest::gmock GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  string(REGEX REPLACE "\\..*" "" folder ${name})
+  if(NOT TARGET tests_${folder})
+    add_custom_target(tests_${folder})
+  endif()
+  add_dependencies(tests_${folder} ${name})
 endfunction()
 
 # longspan_python_test(folder.unit FILES ... [LABELS ...] [TIMEOUT s]): pytest over the files, in the virtual environment

@@ -25,7 +25,8 @@ elapsed() {
 show_progress() {
   local log=$1 start=$SECONDS pause=30 line
   [[ ! -t 1 ]] || pause=1
-  while sleep "$pause"; do
+  # The sleeper must not hold the caller's output open when this process is ended.
+  while sleep "$pause" >/dev/null 2>&1; do
     line=$(tail -c 2000 "$log" 2>/dev/null | tr '\r' '\n' | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c "1-$((${COLUMNS:-100} - 12))")
     if [[ -t 1 ]]; then
       printf '\r\033[K  %s  %s' "$(elapsed $((SECONDS - start)))" "$line"
