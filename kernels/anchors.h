@@ -21,7 +21,7 @@ inline constexpr int64_t kMaxDenominator = 1000;
 StatusOr<Rational> rational_from_double(double value);
 
 // floor(base^(1/power)) and ceil(factor * base^power), exact for base >= 0, power in (0, 1] and
-// factor >= 0; results above 2^52 saturate there.
+// factor >= 0; results above 2^38 saturate there.
 int64_t floor_root(int64_t base, Rational power);
 int64_t ceil_scaled_power(Rational factor, int64_t base, Rational power);
 

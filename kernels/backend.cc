@@ -42,8 +42,10 @@ StatusOr<std::unique_ptr<Backend>> make_backend(std::string_view name,
       return entry.make(options);
     }
   }
-  return absl::NotFoundError(absl::StrCat(
-      "backend: no \"", name, "\" in this build, it has ", absl::StrJoin(backend_names(), ", ")));
+  return absl::NotFoundError(absl::StrCat("backend: no \"",
+                                          std::string(name),
+                                          "\" in this build, it has ",
+                                          absl::StrJoin(backend_names(), ", ")));
 }
 
 }  // namespace longspan
