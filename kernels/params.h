@@ -55,8 +55,10 @@ struct Span {
 };
 
 // out entry (first_out + i), i in [0, num_entries): the summary of tokens [s, s + spec.span()) with
-// s = (first_entry + i) * spec.stride(), in positions of `tokens`. Accumulated in fp32 in token
-// order, then rounded to out.dtype. The pages of `out` are written.
+// s = (first_entry + i) * spec.stride(), in positions of `tokens`. The pages of `out` are written.
+// Every backend keeps the same bits: fp32, in token order from 0, then rounded to out.dtype. Means
+// are the sum times 1 / length; weights go in by fused multiply-add; an extreme is replaced only by
+// an element strictly beyond it.
 struct SummarizeParams {
   const SummarySpec* spec = nullptr;
   PagedView tokens;
@@ -104,13 +106,15 @@ struct SearchParams {
   const int64_t* k = nullptr;  // [T]
   int64_t max_k = 0;
 
-  // Ordered by higher score, then lower id; NaN scores count as -inf. S = num_selection_heads(spec,
-  // H, G). Unused places: id -1, score -inf.
+  // Ordered by higher fp32 score, then lower id; a NaN counts as -inf, in each head before
+  // head_reduce and after it. kSoftmax sums the windows of a block first, then reduces heads.
+  // S = num_selection_heads(spec, H, G). Unused places: id -1, score -inf.
   float* scores = nullptr;  // [T][S][max_k]
   int64_t* ids = nullptr;  // [T][S][max_k]: local block id, or index of the local token for anchors
 };
 
-// Exact attention of each row over its spans. An empty row has out = 0 and lse = -inf.
+// Exact attention of each row over its spans. A row without keys, or with logits of -inf only, has
+// out = 0 and lse = -inf; a NaN among the logits makes out and lse NaN.
 struct AttendParams {
   const float* query = nullptr;        // [num_queries][H][D]
   const int64_t* row_query = nullptr;  // [T] index of the row's query; null: the row's own number
