@@ -15,31 +15,33 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 const Tolerance kTolerance{1e-3, 1e-3};
+using Floats = std::vector<float>;
 
 TEST(Compare, AcceptsWhatIsEqualAndWhatIsClose) {
-  EXPECT_TRUE(outputs_match({{1.0F, kInfinity, kNan}}, {{1.0F, kInfinity, kNan}}, 3, kTolerance));
-  EXPECT_TRUE(outputs_match({{1.0005F, 0.0F}}, {{1.0F, 0.0F}}, 2, kTolerance));
-  EXPECT_TRUE(outputs_match({{0.0F, 0.0F}}, {{0.0F, 0.0F}}, 2, kTolerance));
-  EXPECT_TRUE(lse_match({{-kInfinity, 10.0005F}}, {{-kInfinity, 10.0F}}, kTolerance));
+  EXPECT_TRUE(
+      outputs_match(Floats{1.0F, kInfinity, kNan}, Floats{1.0F, kInfinity, kNan}, 3, kTolerance));
+  EXPECT_TRUE(outputs_match(Floats{1.0005F, 0.0F}, Floats{1.0F, 0.0F}, 2, kTolerance));
+  EXPECT_TRUE(outputs_match(Floats{0.0F, 0.0F}, Floats{0.0F, 0.0F}, 2, kTolerance));
+  EXPECT_TRUE(lse_match(Floats{-kInfinity, 10.0005F}, Floats{-kInfinity, 10.0F}, kTolerance));
 }
 
 TEST(Compare, RefusesNanWhereTheReferenceIsANumber) {
-  EXPECT_FALSE(outputs_match({{1.0F, kNan}}, {{1.0F, 1.0F}}, 2, kTolerance));
-  EXPECT_FALSE(outputs_match({{1.0F, 1.0F}}, {{1.0F, kNan}}, 2, kTolerance));
-  EXPECT_FALSE(lse_match({{kNan}}, {{0.0F}}, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{1.0F, kNan}, Floats{1.0F, 1.0F}, 2, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{1.0F, 1.0F}, Floats{1.0F, kNan}, 2, kTolerance));
+  EXPECT_FALSE(lse_match(Floats{kNan}, Floats{0.0F}, kTolerance));
 }
 
 TEST(Compare, RefusesInfinitiesInTheWrongPlaceOrOfTheWrongSign) {
-  EXPECT_FALSE(outputs_match({{kInfinity}}, {{1.0F}}, 1, kTolerance));
-  EXPECT_FALSE(outputs_match({{kInfinity}}, {{-kInfinity}}, 1, kTolerance));
-  EXPECT_FALSE(lse_match({{-kInfinity}}, {{-80.0F}}, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{kInfinity}, Floats{1.0F}, 1, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{kInfinity}, Floats{-kInfinity}, 1, kTolerance));
+  EXPECT_FALSE(lse_match(Floats{-kInfinity}, Floats{-80.0F}, kTolerance));
 }
 
 TEST(Compare, RefusesErrorsBeyondTheTolerance) {
-  EXPECT_FALSE(outputs_match({{1.002F, 0.0F}}, {{1.0F, 0.0F}}, 2, kTolerance));
-  EXPECT_FALSE(outputs_match({{0.1F}}, {{0.0F}}, 1, kTolerance));
-  EXPECT_FALSE(lse_match({{10.002F}}, {{10.0F}}, kTolerance));
-  EXPECT_FALSE(outputs_match({{1.0F}}, {{1.0F, 1.0F}}, 1, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{1.002F, 0.0F}, Floats{1.0F, 0.0F}, 2, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{0.1F}, Floats{0.0F}, 1, kTolerance));
+  EXPECT_FALSE(lse_match(Floats{10.002F}, Floats{10.0F}, kTolerance));
+  EXPECT_FALSE(outputs_match(Floats{1.0F}, Floats{1.0F, 1.0F}, 1, kTolerance));
 }
 
 TEST(Compare, OneWrongRowCannotHideAmongMany) {
