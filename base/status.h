@@ -27,6 +27,7 @@ using absl::StatusOr;
   } while (false)
 
 // Declares or assigns `target` from `expression` (a StatusOr), or returns its status.
+// NOLINTBEGIN(bugprone-macro-parentheses): a declared name cannot be parenthesised.
 #define LONGSPAN_ASSIGN_OR_RETURN(target, expression) \
   LONGSPAN_ASSIGN_OR_RETURN_INNER(LONGSPAN_CONCAT(status_or_, __LINE__), target, expression)
 #define LONGSPAN_ASSIGN_OR_RETURN_INNER(temporary, target, expression) \
@@ -35,6 +36,7 @@ using absl::StatusOr;
     return std::move(temporary).status();                              \
   }                                                                    \
   target = *std::move(temporary)
+// NOLINTEND(bugprone-macro-parentheses)
 
 // For programmer errors only: prints the condition and aborts, in release builds too.
 #define LONGSPAN_CHECK(condition)                                                        \

@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # Sourced by deploy/quickstart and tests/run: steps that show progress and keep a log, and the Python environment.
 # Every function works from the repository's root, where `root` points.
 
-readonly root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly root
 readonly log_folder=$root/build/log
 readonly python=$root/build/venv/bin/python
 
