@@ -80,6 +80,18 @@ def test_links_of_the_documents_lead_somewhere():
     expect_none(complaints)
 
 
+def test_files_that_the_documents_name_exist():
+    complaints = []
+    for path in sources.tracked_files():
+        if path.suffix != ".md":
+            continue
+        for name in re.findall(r"`([\w.-]+/[\w./-]+)`", sources.read(path)):
+            ours = name.split("/")[0] in rules.OURS | {"proto", "docs", "cmake", ".ci"}
+            if ours and not any((ROOT / f"{name}{suffix}").exists() for suffix in ["", ".h", ".cc"]):
+                complaints.append(f"{path}: there is no {name}")
+    expect_none(complaints)
+
+
 def test_clang_format():
     files = [str(path) for path in sources.cpp_files()]
     result = subprocess.run(
