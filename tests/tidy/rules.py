@@ -31,7 +31,7 @@ VENDOR_HEADERS = [
     (r"(cuda|cublas|cutlass|cute|nv)\w*(\.h$|/)", r"(kernels/cuda/|base/device\.)"),
     (r"hwy/", r"(kernels/simd/|tests/kernels/|bench/)"),
     (r"\w*intrin\.h$", r"(kernels/simd/|bench/)"),
-    (r"prometheus/", r"(worker|coordinator)/metrics|client/cli/serve\.cc$"),
+    (r"prometheus/", r"(base|worker|coordinator)/metrics|client/cli/serve\.cc$"),
     (r"spdlog/", r"base/logging\.cc$"),
     (r"CLI/", r"client/cli/"),
     (r"nlohmann/", r"(client/|bench/|tests/)"),
