@@ -45,7 +45,7 @@ step() {
   mkdir -p "$log_folder"
   : >"$log"
   echo "$title ..."
-  show_progress "$log" &
+  show_progress "$log" 2>/dev/null &
   progress_pid=$!
   "$@" >>"$log" 2>&1 || code=$?
   stop_progress
