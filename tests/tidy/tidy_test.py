@@ -92,6 +92,35 @@ def test_files_that_the_documents_name_exist():
     expect_none(complaints)
 
 
+def literals(pattern, suffixes):
+    """Every match of a pattern in the sources, outside the tests."""
+    found = set()
+    for path in sources.tracked_files():
+        if path.suffix in suffixes and path.parts[0] != "tests":
+            found |= set(re.findall(pattern, sources.read(path)))
+    return found
+
+
+def test_every_metric_is_documented():
+    metrics = literals(r'"(longspan_[a-z_]+)"', {".cc", ".h"})
+    text = (ROOT / "docs/api.md").read_text()
+    documented = set(re.findall(r"`(longspan_[a-z_]+)`", text))
+    assert len(metrics) > 10
+    assert metrics <= documented, f"not in docs/api.md: {sorted(metrics - documented)}"
+    assert documented <= metrics, f"not in the code: {sorted(documented - metrics)}"
+
+
+def test_every_reason_is_documented():
+    text = (ROOT / "docs/api.md").read_text()
+    table = text[text.index("## Errors") : text.index("## Limits")]
+    documented = set(re.findall(r"`([A-Z_]+)`", table))
+    reasons = literals(r'return "([A-Z_]+)";', {".cc"}) & documented
+    used = literals(r'with_reason\([^;]*?"([A-Z][A-Z_]+)"', {".cc", ".h"})
+    assert len(used) > 5
+    assert used <= documented, f"not in docs/api.md: {sorted(used - documented)}"
+    assert documented <= used | reasons, f"not in the code: {sorted(documented - used - reasons)}"
+
+
 def test_clang_format():
     files = [str(path) for path in sources.cpp_files()]
     result = subprocess.run(
