@@ -105,7 +105,7 @@ def test_it_is_its_formula(served, seed, phase):
     context.delete()
 
 
-def test_the_phases_differ(served, seed):
+def test_the_phases_differ(seed):
     """Otherwise the test above could not tell one budget from the other."""
     random = numpy.random.default_rng(seed)
     key, value = random.standard_normal((2, TOKENS, KV_HEADS, DIM), dtype=numpy.float32)
