@@ -58,7 +58,7 @@ struct Case {
   int64_t num_rows = 1;
   float scale = 0.0F;  // 0: 1 / sqrt(D)
   float soft_cap = 0.0F;
-  Method method;
+  Method method = {};
 
   float attention_scale() const;
   int64_t first_position() const { return num_tokens - num_rows; }
