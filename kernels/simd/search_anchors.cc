@@ -56,7 +56,7 @@ void search_row(SearchTile& tile, int64_t row, float* scores, float* lists) {
     for (int64_t list = 0; list < shape.lists_per_set; ++list) {
       TopK& best = tile.best(row, list);
       for (int64_t i = 0; i < count; ++i) {
-        const float score = lists[list * kAnchorsAtOnce + i] * shape.score_factor;
+        const float score = lists[list * kAnchorsAtOnce + i] / shape.mean_divisor;
         if (!best.full() || score > best.threshold()) {
           best.offer(score, tokens[i]);
         }

@@ -183,7 +183,7 @@ class ImportanceSearch {
       }
     }
     if (shape.join != HeadJoin::kNone) {
-      offer(row, 0, joined * shape.score_factor, block);
+      offer(row, 0, joined / shape.mean_divisor, block);
     }
   }
 

@@ -42,7 +42,7 @@ SearchShape::SearchShape(const SearchParams& params) {
   kv_heads_per_set = all ? num_kv_heads : 1;
   num_sets = all ? 1 : num_kv_heads;
   lists_per_set = join == HeadJoin::kNone ? num_heads : 1;
-  score_factor = mean ? 1.0F / static_cast<float>(num_heads * kv_heads_per_set) : 1.0F;
+  mean_divisor = mean ? static_cast<float>(num_heads * kv_heads_per_set) : 1.0F;
 }
 
 SearchTile::SearchTile(const SearchParams& params,
@@ -119,13 +119,16 @@ void SearchTile::reduce_query(int64_t row, int64_t kv_head, int64_t head, float*
 void SearchTile::offer_page(
     int64_t row, int64_t list, const float* scores, uint64_t mask, int64_t first_candidate) {
   TopK& best_of_list = best(row, list);
-  const float factor = shape_.score_factor;
-  if (best_of_list.full() && factor == 1.0F) {
-    mask &= target_.above(scores, best_of_list.threshold());
+  const float divisor = shape_.mean_divisor;
+  if (best_of_list.full()) {
+    // A little below what the division asks for: rounding must not lose a candidate here.
+    float limit = best_of_list.threshold() * divisor;
+    limit = divisor == 1.0F ? limit : limit - std::abs(limit) * 1e-6F;
+    mask &= target_.above(scores, limit);
   }
   for (; mask != 0; mask &= mask - 1) {
     const int64_t i = std::countr_zero(mask);
-    const float score = scores[i] * factor;
+    const float score = scores[i] / divisor;
     if (!best_of_list.full() || score > best_of_list.threshold()) {
       best_of_list.offer(score, first_candidate + i);
     }

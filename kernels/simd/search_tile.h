@@ -21,7 +21,7 @@ struct SearchShape {
   int64_t kv_heads_per_set;
   int64_t num_sets;
   int64_t lists_per_set;
-  float score_factor;  // of a joined score: the mean's
+  float mean_divisor;  // of a joined score: 1 unless it is a mean
 };
 
 struct SearchTask {
