@@ -25,6 +25,9 @@ namespace longspan {
 using ContextHandle = uint64_t;
 using Deadline = std::chrono::steady_clock::time_point;
 
+// Payload of an OUT_OF_RANGE status: the position that a write may start at, in decimal.
+inline constexpr char kExpectedPosPayload[] = "longspan.expected_pos";
+
 struct GroupOptions {
   int num_ranks = 1;
   std::string backend = "simd";

@@ -9,6 +9,9 @@
 
 namespace longspan {
 
+// Beyond any use, and far from where the arithmetic of positions would overflow.
+inline constexpr int64_t kMaxContextTokens = int64_t{1} << 40;
+
 enum class LayoutKind : uint8_t { kBlockCyclic, kContiguous, kZigzag };
 
 struct Layout {
@@ -31,6 +34,12 @@ struct Layout {
   int64_t global_position(int rank, int64_t local) const;
   // The first position after `position` that another stripe holds.
   int64_t stripe_end(int64_t position) const;
+
+  // Stripe i of the context holds tokens [i * stripe_tokens, (i + 1) * stripe_tokens).
+  int64_t num_stripes() const;
+  int stripe_owner(int64_t stripe) const;
+  // The number in the context of a rank's own stripe.
+  int64_t global_stripe(int rank, int64_t local_stripe) const;
 };
 
 }  // namespace longspan
