@@ -438,7 +438,10 @@ class ReferenceSearchSharded : public ::testing::TestWithParam<Sharding> {};
 
 TEST_P(ReferenceSearchSharded, EqualsThePipeline) {
   Random random(20);
-  for (const Method& method : testing::all_methods()) {
+  std::vector<Method> methods = testing::all_methods();
+  methods.push_back(testing::nsa_method(64, 16, 64, 5, 96));  // three windows reach into a stripe
+  methods.push_back(testing::nsa_method(16, 4, 32, 5, 96));
+  for (const Method& method : methods) {
     const size_t index = method.branches.size() == 3 ? 1 : 0;
     const Branch& branch = method.branches[index];
     if (!branch.needs_search() || branch.selection.spans) {
