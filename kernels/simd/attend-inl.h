@@ -12,6 +12,9 @@ LONGSPAN_BEFORE_TARGET();
 namespace longspan::simd {
 namespace {
 
+#ifdef LONGSPAN_SIMD_BF16_DOT
+constexpr size_t kMaxPairLanes = 4;
+#endif
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 #ifdef LONGSPAN_SIMD_BF16_DOT
@@ -32,44 +35,38 @@ inline bool split_query(const float* query, size_t dim, uint16_t* upper, uint16_
 }
 #endif
 
-inline bool uses_pairs(const AttendTile& tile) {
+// Whether a page is done in pairs: their products take less packing, but on the machines at hand
+// (Sapphire Rapids) half as many multiply-adds a cycle as floats, so they are for few lanes.
+inline bool uses_pairs(const AttendTile& tile, size_t num_active) {
 #ifdef LONGSPAN_SIMD_BF16_DOT
-  return tile.dtype == DataType::kBFloat16;
+  return tile.dtype == DataType::kBFloat16 && num_active <= kMaxPairLanes;
 #else
   static_cast<void>(tile);
+  static_cast<void>(num_active);
   return false;
 #endif
 }
 
-// Words of a query row, and of the stored queries of a term.
-inline size_t query_depth(const AttendTile& tile) {
-  return uses_pairs(tile) ? tile.key_dim / 2 : tile.key_dim;
-}
-
 inline void begin_tile(AttendTile& tile) {
-  const size_t depth = query_depth(tile);
   tile.num_query_terms = 1;
   for (size_t lane = 0; lane < tile.num_lanes; ++lane) {
-    float* first = tile.query_words + lane * depth;
-#ifdef LONGSPAN_SIMD_BF16_DOT
-    if (uses_pairs(tile)) {
-      float* second = tile.query_words + (tile.num_lanes + lane) * depth;
-      const bool exact = split_query(tile.queries[lane],
-                                     tile.key_dim,
-                                     reinterpret_cast<uint16_t*>(first),
-                                     reinterpret_cast<uint16_t*>(second));
-      tile.num_query_terms = exact ? tile.num_query_terms : 2;
-    } else
-#endif
-    {
-      std::memcpy(first, tile.queries[lane], depth * sizeof(float));
-    }
     tile.maximum[lane] = kMinusInfinity;
     tile.sum[lane] = 0.0F;
   }
   if (tile.accumulator != nullptr) {
     std::memset(tile.accumulator, 0, tile.num_lanes * tile.padded_dim * sizeof(float));
   }
+#ifdef LONGSPAN_SIMD_BF16_DOT
+  const size_t depth = tile.key_dim / 2;
+  for (size_t lane = 0; tile.dtype == DataType::kBFloat16 && lane < tile.num_lanes; ++lane) {
+    const bool exact = split_query(
+        tile.queries[lane],
+        tile.key_dim,
+        reinterpret_cast<uint16_t*>(tile.query_words + lane * depth),
+        reinterpret_cast<uint16_t*>(tile.query_words + (tile.num_lanes + lane) * depth));
+    tile.num_query_terms = exact ? tile.num_query_terms : 2;
+  }
+#endif
 }
 
 struct StoreDots {
@@ -81,26 +78,35 @@ struct StoreDots {
 
 // Dot products of the active lanes with the page's keys, into tile.weights.
 inline void score_lanes(AttendTile& tile, const AttendPage& page) {
-  const size_t depth = query_depth(tile);
-  if (uses_pairs(tile)) {
-    transpose_page(reinterpret_cast<const float*>(page.keys), depth, tile.packed_keys);
-  } else {
-    pack_transposed(tile.dtype, page.keys, tile.key_dim, tile.widened, tile.packed_keys);
-  }
-  Left left{{tile.pointers, tile.pointers + tile.num_lanes}, tile.num_query_terms, depth};
-  for (size_t i = 0; i < page.num_active; ++i) {
-    const auto lane = static_cast<size_t>(page.lanes[i]);
-    tile.pointers[i] = tile.query_words + lane * depth;
-    tile.pointers[tile.num_lanes + i] = tile.query_words + (tile.num_lanes + lane) * depth;
-  }
   const StoreDots store{tile.weights};
+  const float** rows = tile.pointers;
 #ifdef LONGSPAN_SIMD_BF16_DOT
-  if (uses_pairs(tile)) {
-    multiply<PairMath>(left, page.num_active, tile.packed_keys, kPageTokens, store);
+  if (uses_pairs(tile, page.num_active)) {
+    const size_t depth = tile.key_dim / 2;
+    const float** second_rows = rows + tile.num_lanes;
+    for (size_t i = 0; i < page.num_active; ++i) {
+      const auto lane = static_cast<size_t>(page.lanes[i]);
+      rows[i] = tile.query_words + lane * depth;
+      second_rows[i] = tile.query_words + (tile.num_lanes + lane) * depth;
+    }
+    transpose_page(reinterpret_cast<const float*>(page.keys), depth, KeepWords{tile.packed_keys});
+    multiply<PairMath>(Left{{rows, second_rows}, tile.num_query_terms, depth},
+                       page.num_active,
+                       tile.packed_keys,
+                       kPageTokens,
+                       store);
     return;
   }
 #endif
-  multiply<FloatMath>(left, page.num_active, tile.packed_keys, kPageTokens, store);
+  for (size_t i = 0; i < page.num_active; ++i) {
+    rows[i] = tile.queries[page.lanes[i]];
+  }
+  pack_transposed(tile.dtype, page.keys, tile.key_dim, tile.widened, tile.packed_keys);
+  multiply<FloatMath>(Left{{rows, nullptr}, 1, tile.key_dim},
+                      page.num_active,
+                      tile.packed_keys,
+                      kPageTokens,
+                      store);
 }
 
 // Dots to logits, -inf where the mask has no bit; returns the largest one.
@@ -207,7 +213,7 @@ inline void add_values(AttendTile& tile, const AttendPage& page) {
   const AddToAccumulators store{&tile, &page};
   const float** rows = tile.pointers;
 #ifdef LONGSPAN_SIMD_BF16_DOT
-  if (uses_pairs(tile)) {
+  if (uses_pairs(tile, page.num_active)) {
     const auto* values = reinterpret_cast<const uint16_t*>(page.values);
     if (!pack_value_pairs(
             values, page.num_tokens, tile.value_dim, tile.padded_dim, tile.packed_values)) {

@@ -124,7 +124,7 @@ Status Attention::reserve() {
   const auto lanes = static_cast<size_t>(tile_rows_ * group_);
   const auto key_dim = static_cast<size_t>(params_.kv.key_dim);
   const auto value_dim = static_cast<size_t>(padded_dim_);
-  const size_t floats = lanes * (3 + value_dim + 2 * key_dim + kPageTokens + kPageTokens / 2) +
+  const size_t floats = lanes * (3 + value_dim + key_dim + kPageTokens + kPageTokens / 2) +
                         kPageTokens * (2 * key_dim + value_dim);
   const size_t bytes = floats * sizeof(float) + 3 * lanes * sizeof(const float*) +
                        lanes * (sizeof(int32_t) + sizeof(uint64_t));
@@ -204,7 +204,7 @@ AttendTile Attention::make_tile(const Task& task, Arena& arena) const {
   if (params_.out != nullptr) {
     tile.accumulator = arena.take<float>(lanes * tile.padded_dim);
   }
-  tile.query_words = arena.take<float>(2 * lanes * tile.key_dim);
+  tile.query_words = arena.take<float>(lanes * tile.key_dim);
   tile.packed_keys = arena.take<float>(tile.key_dim * kPageTokens);
   tile.packed_values = arena.take<float>(tile.padded_dim * kPageTokens);
   tile.widened = arena.take<float>(tile.key_dim * kPageTokens);

@@ -29,10 +29,31 @@ HWY_INLINE hn::Vec<D> load_row_quads(D d, const float* rows, size_t row_words) {
   }
 }
 
-// rows [64][row_words] -> out [row_words][64]; row_words is a multiple of 4.
+// What becomes of a transposed vector: word `word` of kLanes tokens from `token` on.
+struct KeepWords {
+  float* out;  // [words][64]
+  HWY_INLINE void operator()(size_t word, size_t token, FloatVector tokens) const {
+    hn::Store(tokens, Floats(), out + word * kPageTokens + token);
+  }
+};
+struct WidenPairs {
+  float* out;  // [2 words][64]: each word is two bf16 channels
+  HWY_INLINE void operator()(size_t word, size_t token, FloatVector tokens) const {
+    const Floats d;
+    const Words words;
+    const auto bits = hn::BitCast(words, tokens);
+    float* to = out + 2 * word * kPageTokens + token;
+    hn::Store(hn::BitCast(d, hn::ShiftLeft<16>(bits)), d, to);
+    hn::Store(hn::BitCast(d, hn::And(bits, hn::Set(words, 0xffff0000U))), d, to + kPageTokens);
+  }
+};
+
+// rows [64][row_words], row_words a multiple of 4: store(word, first token, words of kLanes
+// tokens).
+template <class Store>
 HWY_INLINE void transpose_page(const float* HWY_RESTRICT rows,
                                size_t row_words,
-                               float* HWY_RESTRICT out) {
+                               const Store& store) {
   const Floats d;
   const hn::Repartition<double, Floats> pairs;
   for (size_t token = 0; token < kPageTokens; token += kLanes) {
@@ -46,13 +67,10 @@ HWY_INLINE void transpose_page(const float* HWY_RESTRICT rows,
       const auto low23 = hn::BitCast(pairs, hn::InterleaveLower(d, r2, r3));
       const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(d, r0, r1));
       const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(d, r2, r3));
-      float* to = out + word * kPageTokens + token;
-      hn::Store(hn::BitCast(d, hn::InterleaveLower(pairs, low01, low23)), d, to);
-      hn::Store(hn::BitCast(d, hn::InterleaveUpper(pairs, low01, low23)), d, to + kPageTokens);
-      hn::Store(
-          hn::BitCast(d, hn::InterleaveLower(pairs, high01, high23)), d, to + 2 * kPageTokens);
-      hn::Store(
-          hn::BitCast(d, hn::InterleaveUpper(pairs, high01, high23)), d, to + 3 * kPageTokens);
+      store(word, token, hn::BitCast(d, hn::InterleaveLower(pairs, low01, low23)));
+      store(word + 1, token, hn::BitCast(d, hn::InterleaveUpper(pairs, low01, low23)));
+      store(word + 2, token, hn::BitCast(d, hn::InterleaveLower(pairs, high01, high23)));
+      store(word + 3, token, hn::BitCast(d, hn::InterleaveUpper(pairs, high01, high23)));
     }
   }
 }
@@ -76,12 +94,19 @@ struct Widen {
 // data [64][dim] of any type -> out [dim][64] floats; `scratch` [64][dim].
 inline void pack_transposed(
     DataType dtype, const std::byte* data, size_t dim, float* scratch, float* out) {
-  if (dtype == DataType::kFloat32) {
-    transpose_page(reinterpret_cast<const float*>(data), dim, out);
-    return;
+  const auto* words = reinterpret_cast<const float*>(data);
+  switch (dtype) {
+    case DataType::kFloat32:
+      transpose_page(words, dim, KeepWords{out});
+      return;
+    case DataType::kBFloat16:
+      transpose_page(words, dim / 2, WidenPairs{out});
+      return;
+    case DataType::kFloat16:
+      with_type(dtype, data, Widen{scratch, kPageTokens * dim});
+      transpose_page(scratch, dim, KeepWords{out});
+      return;
   }
-  with_type(dtype, data, Widen{scratch, kPageTokens * dim});
-  transpose_page(scratch, dim, out);
 }
 
 struct PackValues {
@@ -134,6 +159,21 @@ inline bool pack_values(DataType dtype,
 }
 
 #ifdef LONGSPAN_SIMD_BF16_DOT
+// Values of two tokens (of one, when `second` is null) as words; keeps the largest magnitude.
+template <class D, class Halves>
+HWY_INLINE void pair_channels(
+    D words, const uint16_t* first, const uint16_t* second, Halves& largest, uint32_t* out) {
+  const hn::Rebind<uint16_t, D> halves;
+  const hn::Repartition<uint16_t, D> all_halves;
+  auto both = hn::PromoteTo(words, hn::LoadU(halves, first));
+  if (second != nullptr) {
+    both = hn::Or(both, hn::ShiftLeft<16>(hn::PromoteTo(words, hn::LoadU(halves, second))));
+  }
+  const auto magnitude = hn::And(hn::BitCast(all_halves, both), hn::Set(all_halves, 0x7fff));
+  largest = hn::Max(largest, magnitude);
+  hn::StoreU(both, words, out);
+}
+
 // bf16 values [num_tokens][dim] -> out [32][padded_dim] words of two successive tokens; returns
 // whether all are finite.
 inline bool pack_value_pairs(const uint16_t* HWY_RESTRICT data,
@@ -141,32 +181,34 @@ inline bool pack_value_pairs(const uint16_t* HWY_RESTRICT data,
                              size_t dim,
                              size_t padded_dim,
                              float* HWY_RESTRICT out) {
-  const hn::CappedTag<uint32_t, 8> words;
-  const hn::Rebind<uint16_t, decltype(words)> halves;
-  const hn::Repartition<uint16_t, decltype(words)> all_halves;
-  const auto magnitude_bits = hn::Set(all_halves, 0x7fff);
-  auto largest = hn::Zero(all_halves);
+  const Words words;
+  const hn::CappedTag<uint32_t, 8> eight;
+  const hn::Repartition<uint16_t, Words> halves;
+  const hn::Repartition<uint16_t, decltype(eight)> rest_halves;
+  auto largest = hn::Zero(halves);
+  auto largest_rest = hn::Zero(rest_halves);
   auto* word_out = reinterpret_cast<uint32_t*>(out);
   const size_t num_pairs = (num_tokens + 1) / 2;
   for (size_t pair = 0; pair < num_pairs; ++pair) {
-    const uint16_t* row = data + 2 * pair * dim;
-    const bool has_second = 2 * pair + 1 < num_tokens;
+    const uint16_t* first = data + 2 * pair * dim;
+    const uint16_t* second = 2 * pair + 1 < num_tokens ? first + dim : nullptr;
+    const size_t step = second == nullptr ? 0 : 1;
     uint32_t* to = word_out + pair * padded_dim;
     size_t channel = 0;
-    for (; channel < dim; channel += 8) {
-      const auto first = hn::PromoteTo(words, hn::LoadU(halves, row + channel));
-      const auto second = has_second ? hn::PromoteTo(words, hn::LoadU(halves, row + dim + channel))
-                                     : hn::Zero(words);
-      const auto both = hn::Or(first, hn::ShiftLeft<16>(second));
-      largest = hn::Max(largest, hn::And(hn::BitCast(all_halves, both), magnitude_bits));
-      hn::StoreU(both, words, to + channel);
+    for (; channel + kLanes <= dim; channel += kLanes) {
+      pair_channels(words, first, second, largest, to + channel);
+      first += kLanes;
+      second += step * kLanes;
     }
-    for (; channel < padded_dim; channel += 8) {
-      hn::StoreU(hn::Zero(words), words, to + channel);
+    if (channel < dim) {
+      pair_channels(eight, first, second, largest_rest, to + channel);
+      hn::StoreU(hn::Zero(eight), eight, to + channel + 8);
     }
   }
   std::memset(word_out + num_pairs * padded_dim, 0, (kPageTokens / 2 - num_pairs) * padded_dim * 4);
-  return hn::AllTrue(all_halves, hn::Lt(largest, hn::Set(all_halves, 0x7f80)));
+  const uint16_t infinity = 0x7f80;
+  return hn::AllTrue(halves, hn::Lt(largest, hn::Set(halves, infinity))) &&
+         hn::AllTrue(rest_halves, hn::Lt(largest_rest, hn::Set(rest_halves, infinity)));
 }
 #endif
 

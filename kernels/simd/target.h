@@ -33,8 +33,8 @@ struct AttendTile {
   float* sum = nullptr;          // [num_lanes]
   float* accumulator = nullptr;  // [num_lanes][padded_dim]; null: only maximum and sum are wanted
 
-  // Scratch of the target. query_words: queries as the products take them.
-  float* query_words = nullptr;      // [2][num_lanes][D]
+  // Scratch of the target. query_words: queries as pairs of bf16, in two terms.
+  float* query_words = nullptr;      // [2][num_lanes][D / 2]
   float* packed_keys = nullptr;      // [D][64]
   float* packed_values = nullptr;    // [64][padded_dim]
   float* widened = nullptr;          // [64][D]
