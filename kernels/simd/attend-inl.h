@@ -89,7 +89,10 @@ inline void score_lanes(AttendTile& tile, const AttendPage& page) {
       rows[i] = tile.query_words + lane * depth;
       second_rows[i] = tile.query_words + (tile.num_lanes + lane) * depth;
     }
-    transpose_page(reinterpret_cast<const float*>(page.keys), depth, KeepWords{tile.packed_keys});
+    transpose_page(reinterpret_cast<const float*>(page.keys),
+                   page.next_keys,
+                   depth,
+                   KeepWords{tile.packed_keys});
     multiply<PairMath>(Left{{rows, second_rows}, tile.num_query_terms, depth},
                        page.num_active,
                        tile.packed_keys,
@@ -101,7 +104,8 @@ inline void score_lanes(AttendTile& tile, const AttendPage& page) {
   for (size_t i = 0; i < page.num_active; ++i) {
     rows[i] = tile.queries[page.lanes[i]];
   }
-  pack_transposed(tile.dtype, page.keys, tile.key_dim, tile.widened, tile.packed_keys);
+  pack_transposed(
+      tile.dtype, page.keys, page.next_keys, tile.key_dim, tile.widened, tile.packed_keys);
   multiply<FloatMath>(Left{{rows, nullptr}, 1, tile.key_dim},
                       page.num_active,
                       tile.packed_keys,
@@ -215,8 +219,12 @@ inline void add_values(AttendTile& tile, const AttendPage& page) {
 #ifdef LONGSPAN_SIMD_BF16_DOT
   if (uses_pairs(tile, page.num_active)) {
     const auto* values = reinterpret_cast<const uint16_t*>(page.values);
-    if (!pack_value_pairs(
-            values, page.num_tokens, tile.value_dim, tile.padded_dim, tile.packed_values)) {
+    if (!pack_value_pairs(values,
+                          page.next_values,
+                          page.num_tokens,
+                          tile.value_dim,
+                          tile.padded_dim,
+                          tile.packed_values)) {
       add_visible_values(tile, page);
       return;
     }
@@ -234,6 +242,7 @@ inline void add_values(AttendTile& tile, const AttendPage& page) {
 #endif
   if (!pack_values(tile.dtype,
                    page.values,
+                   page.next_values,
                    page.num_tokens,
                    tile.value_dim,
                    tile.padded_dim,

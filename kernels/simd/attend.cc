@@ -242,7 +242,8 @@ void Attention::sweep_pages(const Task& task,
   auto* lanes = arena.take<int32_t>(tile.num_lanes);
   auto* masks = arena.take<uint64_t>(tile.num_lanes);
   const auto lanes_per_list = static_cast<int32_t>(group_ / lists_per_row_);
-  for (sweep.start(); sweep.page() < task.end_page; sweep.advance()) {
+  sweep.start();
+  while (sweep.page() < task.end_page) {
     const int64_t first_entry = sweep.page() * kPageTokens;
     AttendPage page;
     page.keys = params_.kv.key(first_entry, task.kv_head);
@@ -259,6 +260,11 @@ void Attention::sweep_pages(const Task& task,
         ++page.num_active;
       }
     }
+    sweep.advance();
+    const int64_t next_entry =
+        sweep.page() < task.end_page ? sweep.page() * kPageTokens : first_entry;
+    page.next_keys = params_.kv.key(next_entry, task.kv_head);
+    page.next_values = params_.kv.value(next_entry, task.kv_head);
     machine_.target.attend_page(tile, page);
   }
 }

@@ -29,6 +29,16 @@ HWY_INLINE hn::Vec<D> load_row_quads(D d, const float* rows, size_t row_words) {
   }
 }
 
+constexpr size_t kLineBytes = 64;
+
+// Asks for one row of the page that comes next while this one is taken apart: arithmetic and memory
+// then overlap, which the hardware does not see to across pages.
+HWY_INLINE void prefetch_row(const std::byte* next, size_t num_bytes) {
+  for (size_t i = 0; i < num_bytes; i += kLineBytes) {
+    __builtin_prefetch(next + i, /*write=*/0, /*second-level cache*/ 2);
+  }
+}
+
 // What becomes of a transposed vector: word `word` of kLanes tokens from `token` on.
 struct KeepWords {
   float* out;  // [words][64]
@@ -52,13 +62,16 @@ struct WidenPairs {
 // tokens).
 template <class Store>
 HWY_INLINE void transpose_page(const float* HWY_RESTRICT rows,
+                               const std::byte* next,
                                size_t row_words,
                                const Store& store) {
   const Floats d;
   const hn::Repartition<double, Floats> pairs;
+  const size_t block_bytes = 4 * sizeof(float) * kLanes;
   for (size_t token = 0; token < kPageTokens; token += kLanes) {
     const float* from = rows + token * row_words;
-    for (size_t word = 0; word < row_words; word += 4, from += 4) {
+    for (size_t word = 0; word < row_words; word += 4, from += 4, next += block_bytes) {
+      prefetch_row(next, block_bytes);
       const FloatVector r0 = load_row_quads(d, from, row_words);
       const FloatVector r1 = load_row_quads(d, from + row_words, row_words);
       const FloatVector r2 = load_row_quads(d, from + 2 * row_words, row_words);
@@ -91,25 +104,31 @@ struct Widen {
   }
 };
 
-// data [64][dim] of any type -> out [dim][64] floats; `scratch` [64][dim].
-inline void pack_transposed(
-    DataType dtype, const std::byte* data, size_t dim, float* scratch, float* out) {
+// data [64][dim] of any type -> out [dim][64] floats; `scratch` [64][dim]. fp16 asks for too much
+// of `next`, which is harmless: it is never read.
+inline void pack_transposed(DataType dtype,
+                            const std::byte* data,
+                            const std::byte* next,
+                            size_t dim,
+                            float* scratch,
+                            float* out) {
   const auto* words = reinterpret_cast<const float*>(data);
   switch (dtype) {
     case DataType::kFloat32:
-      transpose_page(words, dim, KeepWords{out});
+      transpose_page(words, next, dim, KeepWords{out});
       return;
     case DataType::kBFloat16:
-      transpose_page(words, dim / 2, WidenPairs{out});
+      transpose_page(words, next, dim / 2, WidenPairs{out});
       return;
     case DataType::kFloat16:
       with_type(dtype, data, Widen{scratch, kPageTokens * dim});
-      transpose_page(scratch, dim, KeepWords{out});
+      transpose_page(scratch, next, dim, KeepWords{out});
       return;
   }
 }
 
 struct PackValues {
+  const std::byte* next;  // [num_tokens][dim], that are read soon
   size_t num_tokens;
   size_t dim;
   size_t padded_dim;  // a multiple of 16
@@ -125,6 +144,7 @@ struct PackValues {
     for (size_t token = 0; token < num_tokens; ++token) {
       const T* row = data + token * dim;
       float* to = out + token * padded_dim;
+      prefetch_row(next + token * dim * sizeof(T), dim * sizeof(T));
       size_t channel = 0;
       for (; channel + kLanes <= dim; channel += kLanes) {
         const FloatVector value = load_floats(d, row + channel);
@@ -149,12 +169,13 @@ struct PackValues {
 // values [num_tokens][dim] of any type -> out [64][padded_dim]; returns whether all are finite.
 inline bool pack_values(DataType dtype,
                         const std::byte* data,
+                        const std::byte* next,
                         size_t num_tokens,
                         size_t dim,
                         size_t padded_dim,
                         float* out) {
   bool finite = true;
-  with_type(dtype, data, PackValues{num_tokens, dim, padded_dim, out, &finite});
+  with_type(dtype, data, PackValues{next, num_tokens, dim, padded_dim, out, &finite});
   return finite;
 }
 
@@ -177,6 +198,7 @@ HWY_INLINE void pair_channels(
 // bf16 values [num_tokens][dim] -> out [32][padded_dim] words of two successive tokens; returns
 // whether all are finite.
 inline bool pack_value_pairs(const uint16_t* HWY_RESTRICT data,
+                             const std::byte* next,
                              size_t num_tokens,
                              size_t dim,
                              size_t padded_dim,
@@ -194,6 +216,7 @@ inline bool pack_value_pairs(const uint16_t* HWY_RESTRICT data,
     const uint16_t* second = 2 * pair + 1 < num_tokens ? first + dim : nullptr;
     const size_t step = second == nullptr ? 0 : 1;
     uint32_t* to = word_out + pair * padded_dim;
+    prefetch_row(next + 4 * pair * dim, 4 * dim);
     size_t channel = 0;
     for (; channel + kLanes <= dim; channel += kLanes) {
       pair_channels(words, first, second, largest, to + channel);

@@ -67,13 +67,14 @@ HWY_INLINE void join_head(HeadJoin join, const float* products, float* scores) {
 }
 
 inline void score_page(const ScoreTile& tile, const ScorePage& page) {
-  pack_transposed(tile.dtype, page.keys, tile.key_dim, tile.widened, tile.packed);
+  pack_transposed(tile.dtype, page.keys, page.next_keys, tile.key_dim, tile.widened, tile.packed);
   size_t depth = tile.key_dim;
   const size_t num_lanes = page.num_rows * tile.num_heads;
   if (tile.bound) {
     // sum of max(q m, q M) = (negative part of q) m + (positive part of q) M: one product.
     pack_transposed(tile.dtype,
                     page.values,
+                    page.next_values,
                     tile.key_dim,
                     tile.widened,
                     tile.packed + tile.key_dim * kPageTokens);

@@ -64,6 +64,9 @@ void search_blocks(SearchTile& tile) {
       const int head = static_cast<int>(tile.first_kv_head() + kv_head);
       page.keys = params.view.key(first, head);
       page.values = params.view.value(first, head);
+      const int64_t next = first + kPageTokens < task.end ? first + kPageTokens : first;
+      page.next_keys = params.view.key(next, head);
+      page.next_values = params.view.value(next, head);
       tile.target().score_page(scratch.score, page);
     }
     for (size_t i = 0; i < page.num_rows; ++i) {

@@ -57,7 +57,7 @@ class Probabilities {
   void compute(const int64_t* rows, size_t num_rows, int64_t begin, int64_t end) {
     first_page_ = begin / kPageTokens;
     for (int64_t page = 0; (first_page_ + page) * kPageTokens < end; ++page) {
-      compute_page(rows, num_rows, page);
+      compute_page(rows, num_rows, page, (first_page_ + page + 1) * kPageTokens < end);
     }
   }
 
@@ -66,7 +66,7 @@ class Probabilities {
     return data_ + ((row * num_pages_ + page) * heads_kept_ + head) * kPageTokens + entry;
   }
 
-  void compute_page(const int64_t* rows, size_t num_rows, int64_t page_index) {
+  void compute_page(const int64_t* rows, size_t num_rows, int64_t page_index, bool has_next) {
     const SearchParams& params = tile_.params();
     const SearchShape& shape = tile_.shape();
     const auto num_heads = static_cast<size_t>(shape.num_heads);
@@ -92,6 +92,7 @@ class Probabilities {
       }
       const int64_t first = (first_page_ + page_index) * kPageTokens;
       page.keys = view_.key(first, static_cast<int>(head));
+      page.next_keys = view_.key(has_next ? first + kPageTokens : first, static_cast<int>(head));
       tile_.target().score_page(scratch_.score, page);
     }
   }

@@ -49,7 +49,10 @@ struct AttendTile {
 struct AttendPage {
   const std::byte* keys = nullptr;    // [64][D]
   const std::byte* values = nullptr;  // [64][E]
-  size_t num_tokens = 0;              // those that exist
+  // The ones that come next, which are asked for meanwhile but not read.
+  const std::byte* next_keys = nullptr;
+  const std::byte* next_values = nullptr;
+  size_t num_tokens = 0;  // those that exist
   size_t num_active = 0;
   const int32_t* lanes = nullptr;   // [num_active]
   const uint64_t* masks = nullptr;  // [num_active] bit i: sees token i; never empty
@@ -80,6 +83,9 @@ struct ScoreTile {
 struct ScorePage {
   const std::byte* keys = nullptr;    // [64][D]; minima when bound
   const std::byte* values = nullptr;  // maxima when bound
+  // The ones that come next, which are asked for meanwhile but not read.
+  const std::byte* next_keys = nullptr;
+  const std::byte* next_values = nullptr;
   size_t num_rows = 0;
   // [num_rows * num_heads] -> [D]; when bound [2 D]: negative parts, then positive parts.
   const float* const* queries = nullptr;
