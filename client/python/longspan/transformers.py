@@ -120,9 +120,10 @@ class LongspanCache(Cache):
             layer.length = num_tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens; what Transformers calls after rejected speculation."""
+        """Removes the last tokens; what Transformers calls, with a negative number, after rejected
+        speculation."""
         if tokens_to_remove:
-            self.truncate(self.committed_length - tokens_to_remove)
+            self.truncate(self.committed_length - abs(tokens_to_remove))
 
     def reset(self) -> None:
         self.truncate(0)
