@@ -152,13 +152,23 @@ StatusOr<std::unique_ptr<DecodeStream>> Client::decode_stream(
       *attention_, stream_context(std::chrono::milliseconds::zero()), context_ids, window);
 }
 
+StatusOr<v1::Limits> Client::limits() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (limits_) {
+      return *limits_;
+    }
+  }
+  LONGSPAN_ASSIGN_OR_RETURN(const auto answer, capabilities());
+  const std::lock_guard lock(mutex_);
+  limits_ = answer.limits();
+  return answer.limits();
+}
+
 StatusOr<int64_t> Client::prefill_step(int64_t row_bytes) {
   const int64_t rows = std::max<int64_t>(1, kPrefillChunkBytes / std::max<int64_t>(1, row_bytes));
-  if (max_prefill_rows_ < 0) {
-    LONGSPAN_ASSIGN_OR_RETURN(const auto answer, capabilities());
-    max_prefill_rows_ = answer.limits().max_prefill_rows();
-  }
-  return max_prefill_rows_ > 0 ? std::min<int64_t>(rows, max_prefill_rows_) : rows;
+  LONGSPAN_ASSIGN_OR_RETURN(const v1::Limits limits, this->limits());
+  return limits.max_prefill_rows() > 0 ? std::min<int64_t>(rows, limits.max_prefill_rows()) : rows;
 }
 
 // ---- Context --------------------------------------------------------------------------------
@@ -246,8 +256,15 @@ StatusOr<v1::AppendResponse> Context::append(uint32_t layer,
 
 std::unique_ptr<AppendStream> Context::append_stream(uint64_t expected_generation,
                                                      std::chrono::milliseconds timeout) const {
+  // A server that does not tell its limits will not take the append either.
+  const auto limits = client_->limits();
+  const int64_t limit = limits.ok() ? static_cast<int64_t>(limits->max_chunk_bytes()) : 0;
   return std::make_unique<AppendStream>(
-      *client_->attention_, stream_context(timeout), id_, expected_generation);
+      *client_->attention_,
+      stream_context(timeout),
+      id_,
+      expected_generation,
+      limit > 0 ? std::min(limit, kAppendChunkBytes) : kAppendChunkBytes);
 }
 
 std::unique_ptr<PrefillStream> Context::prefill_stream(const v1::AttentionOptions& options) const {

@@ -4,9 +4,10 @@
 // messages of longspan.v1 are the types.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -115,16 +116,19 @@ class Client {
   // One unary call under the retries.
   template <typename Response, typename Stub, typename Request, typename Method>
   StatusOr<Response> unary(Stub& stub, Method method, const Request& request);
+  // The server's limits, asked for once.
+  StatusOr<v1::Limits> limits();
   // Rows of a prefill chunk: within the server's limit, and small beside the message limit.
   StatusOr<int64_t> prefill_step(int64_t row_bytes);
 
   Retries retries_;
-  std::atomic<int64_t> max_prefill_rows_{-1};  // the server's; negative: not asked yet
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<v1::AttentionService::Stub> attention_;
   std::unique_ptr<v1::ContextService::Stub> contexts_;
   std::unique_ptr<v1::IntrospectService::Stub> introspect_;
   std::unique_ptr<v1::ServerService::Stub> server_;
+  std::mutex mutex_;
+  std::optional<v1::Limits> limits_;  // guarded by mutex_
 };
 
 }  // namespace longspan::client

@@ -57,8 +57,11 @@ void cancel(grpc::ClientContext& context, Stream& stream, bool ended) {
 AppendStream::AppendStream(v1::AttentionService::Stub& stub,
                            std::unique_ptr<grpc::ClientContext> context,
                            const std::string& context_id,
-                           uint64_t expected_generation)
-    : context_(std::move(context)), writer_(stub.Append(context_.get(), &response_)) {
+                           uint64_t expected_generation,
+                           int64_t chunk_bytes)
+    : chunk_bytes_(chunk_bytes),
+      context_(std::move(context)),
+      writer_(stub.Append(context_.get(), &response_)) {
   v1::AppendRequest request;
   request.mutable_header()->set_context_id(context_id);
   request.mutable_header()->set_expected_generation(expected_generation);
@@ -79,7 +82,7 @@ Status AppendStream::write(uint32_t layer, uint64_t start_pos, const Rows& key, 
     return absl::FailedPreconditionError("the stream has ended; open a new one");
   }
   const int64_t row_bytes = std::max<int64_t>(1, key.row_bytes() + value.row_bytes());
-  const int64_t step = std::max<int64_t>(1, kAppendChunkBytes / row_bytes);
+  const int64_t step = std::max<int64_t>(1, chunk_bytes_ / row_bytes);
   v1::AppendRequest request;
   for (int64_t begin = 0; begin < key.num_tokens; begin += step) {
     v1::AppendRequest::Chunk& chunk = *request.mutable_chunk();

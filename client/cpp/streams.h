@@ -29,7 +29,8 @@ class AppendStream {
   AppendStream(v1::AttentionService::Stub& stub,
                std::unique_ptr<grpc::ClientContext> context,
                const std::string& context_id,
-               uint64_t expected_generation);
+               uint64_t expected_generation,
+               int64_t chunk_bytes);
   AppendStream(const AppendStream&) = delete;
   AppendStream& operator=(const AppendStream&) = delete;
   ~AppendStream();
@@ -43,6 +44,7 @@ class AppendStream {
   // Ends the call and answers its status; `response_` is set when it is OK.
   Status end();
 
+  int64_t chunk_bytes_;
   std::unique_ptr<grpc::ClientContext> context_;
   v1::AppendResponse response_;
   std::unique_ptr<grpc::ClientWriter<v1::AppendRequest>> writer_;

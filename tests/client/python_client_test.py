@@ -216,7 +216,9 @@ def test_a_decode_stream_pipelines_up_to_its_window(client, rng):
     with client.decode_stream([first, second], window=3) as stream:
         assert stream.window == 3
         for query in queries:
-            stream.send([longspan.DecodeItem(first, 0, query), longspan.DecodeItem(second, 0, query)])
+            stream.send(
+                [longspan.DecodeItem(first, 0, query), longspan.DecodeItem(second, 0, query)]
+            )
         with pytest.raises(RuntimeError, match="3 steps are in flight"):
             stream.send([])
         for query in queries:

@@ -26,9 +26,7 @@ def status(code, delay_ms=None):
     return message
 
 
-class Refusing(
-    server_pb2_grpc.ServerServiceServicer, attention_pb2_grpc.AttentionServiceServicer
-):
+class Refusing(server_pb2_grpc.ServerServiceServicer, attention_pb2_grpc.AttentionServiceServicer):
     """Refuses with the statuses it is given, then answers."""
 
     def __init__(self):

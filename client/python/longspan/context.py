@@ -108,8 +108,13 @@ class Context:
         return self._append_stream(expected_generation, timeout)
 
     def _append_stream(self, expected_generation, timeout):
+        limit = self._client.limits.max_chunk_bytes or streams.APPEND_CHUNK_BYTES
         return streams.AppendStream(
-            self._client.attention_stub.Append, timeout, self.id, expected_generation
+            self._client.attention_stub.Append,
+            timeout,
+            self.id,
+            expected_generation,
+            min(limit, streams.APPEND_CHUNK_BYTES),
         )
 
     # ---- Attention ------------------------------------------------------------------------------

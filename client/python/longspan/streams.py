@@ -17,7 +17,7 @@ from longspan.errors import Error, from_rpc_error
 from longspan.v1 import attention_pb2
 
 # Messages of about this size move the most bytes a second through gRPC over TCP.
-CHUNK_BYTES = 512 << 10
+APPEND_CHUNK_BYTES = 512 << 10
 # Written messages that wait for gRPC's sender thread.
 _QUEUE_LENGTH = 8
 
@@ -105,11 +105,19 @@ class AppendStream(_Stream):
     """Bulk append to one context. Nothing is visible before the block is left; then all of it, and
     `result` (an AppendResponse) tells the committed length, the layers' lengths and generation."""
 
-    def __init__(self, method, timeout: float | None, context_id: str, expected_generation: int):
+    def __init__(
+        self,
+        method,
+        timeout: float | None,
+        context_id: str,
+        expected_generation: int,
+        chunk_bytes: int,
+    ):
         header = attention_pb2.AppendRequest.Header(
             context_id=context_id, expected_generation=expected_generation
         )
         super().__init__(method, timeout, attention_pb2.AppendRequest(header=header))
+        self._chunk_bytes = chunk_bytes
         self.result: attention_pb2.AppendResponse | None = None
 
     def write(self, layer: int, start_pos: int, key, value) -> None:
@@ -119,7 +127,7 @@ class AppendStream(_Stream):
         num_tokens = len(wire_key.rows)
         if len(wire_value.rows) != num_tokens:
             raise ValueError(f"key has {num_tokens} tokens and value {len(wire_value.rows)}")
-        step = max(1, CHUNK_BYTES // max(1, wire_key.row_bytes + wire_value.row_bytes))
+        step = max(1, self._chunk_bytes // max(1, wire_key.row_bytes + wire_value.row_bytes))
         # One chunk even for no tokens: the server is the one to judge them.
         for begin in range(0, max(1, num_tokens), step):
             chunk = attention_pb2.AppendRequest.Chunk(
