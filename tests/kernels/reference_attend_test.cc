@@ -217,6 +217,8 @@ Part random_part(Random& random, int64_t rows, int64_t dim) {
 Part merged(const std::vector<Part>& parts, int dim, const float* sinks = nullptr) {
   std::vector<const float*> outs;
   std::vector<const float*> lses;
+  outs.reserve(parts.size());
+  lses.reserve(parts.size());
   for (const Part& part : parts) {
     outs.push_back(part.out.data());
     lses.push_back(part.lse.data());
@@ -236,6 +238,7 @@ Part merged(const std::vector<Part>& parts, int dim, const float* sinks = nullpt
 TEST(ReferenceMerge, IsAssociativeAndIgnoresOrder) {
   Random random(40);
   std::vector<Part> parts;
+  parts.reserve(24);
   for (int i = 0; i < 24; ++i) {
     parts.push_back(random_part(random, 7, 5));
   }
