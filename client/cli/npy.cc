@@ -60,9 +60,9 @@ std::optional<DataType> parse_type(const std::string& name) {
 
 // Digits of up to 18 places fit in 64 bits.
 std::vector<int64_t> parse_shape(const std::string& text) {
-  static const std::regex number("[0-9]{1,18}");
+  static const std::regex kNumber("[0-9]{1,18}");
   std::vector<int64_t> shape;
-  for (std::sregex_iterator match(text.begin(), text.end(), number), end; match != end; ++match) {
+  for (std::sregex_iterator match(text.begin(), text.end(), kNumber), end; match != end; ++match) {
     shape.push_back(std::stoll(match->str()));
   }
   return shape;
@@ -80,20 +80,20 @@ Status read_npy(const std::string& path, Array& array) {
   }
   const std::string file((std::istreambuf_iterator<char>(stream)), {});
   const Header header = read_header(file);
-  static const std::regex type_field("'descr': *'([^']*)'");
-  static const std::regex order_field("'fortran_order': *False");
-  static const std::regex shape_field("'shape': *\\(([0-9, ]*)\\)");
+  static const std::regex kTypeField("'descr': *'([^']*)'");
+  static const std::regex kOrderField("'fortran_order': *False");
+  static const std::regex kShapeField("'shape': *\\(([0-9, ]*)\\)");
   std::smatch type;
   std::smatch shape_text;
-  if (!std::regex_search(header.text, type, type_field) ||
-      !std::regex_search(header.text, shape_text, shape_field)) {
+  if (!std::regex_search(header.text, type, kTypeField) ||
+      !std::regex_search(header.text, shape_text, kShapeField)) {
     return refuse("not a numpy .npy file");
   }
   const auto dtype = parse_type(type[1]);
   if (!dtype) {
     return refuse(absl::StrCat("type ", type[1].str(), "; must be float32, float16 or bfloat16"));
   }
-  if (!std::regex_search(header.text, order_field)) {
+  if (!std::regex_search(header.text, kOrderField)) {
     return refuse("in Fortran order; save numpy.ascontiguousarray of it");
   }
   std::vector<int64_t> shape = parse_shape(shape_text[1]);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <cmath>
 #include <cstdio>
 #include <unistd.h>
 #include <utility>
@@ -22,12 +23,8 @@ bool looks_like_number(const std::string& text) {
 
 std::string format_duration(double seconds) {
   std::array<char, 32> buffer{};
-  const int64_t whole = static_cast<int64_t>(seconds + 0.5);
-  std::snprintf(buffer.data(),
-                buffer.size(),
-                "%lld:%02lld",
-                static_cast<long long>(whole / 60),
-                static_cast<long long>(whole % 60));
+  const long whole = std::lround(seconds);
+  std::snprintf(buffer.data(), buffer.size(), "%ld:%02ld", whole / 60, whole % 60);
   return buffer.data();
 }
 
