@@ -1,0 +1,34 @@
+#include "kernels/backend.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace longspan {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAre;
+
+TEST(Backends, AreMadeByName) {
+  EXPECT_THAT(backend_names(), UnorderedElementsAre("reference", "simd"));
+  for (const std::string& name : backend_names()) {
+    const auto backend = make_backend(name, {.num_threads = 2});
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    EXPECT_EQ((*backend)->name(), name);
+    EXPECT_FALSE((*backend)->detail().empty());
+  }
+}
+
+TEST(Backends, UnknownNameListsTheKnownOnes) {
+  const Status status = make_backend("abacus", {}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("simd, reference"));
+}
+
+TEST(Backends, NeedAThread) {
+  EXPECT_EQ(make_backend("reference", {.num_threads = 0}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace longspan
