@@ -17,13 +17,13 @@ namespace {
 
 // Reads lines until the one that says where the server is; empty when the output ends before.
 std::string wait_for_address(int output) {
-  static const std::regex ready("serving on (\\S+) ");
+  static const std::regex kReady("serving on (\\S+) ");
   std::string text;
   char byte = 0;
   while (read(output, &byte, 1) == 1) {
     text += byte;
     std::smatch match;
-    if (byte == '\n' && std::regex_search(text, match, ready)) {
+    if (byte == '\n' && std::regex_search(text, match, kReady)) {
       return match[1];
     }
   }
@@ -39,6 +39,7 @@ ServerProcess::ServerProcess(const std::vector<std::string>& flags) {
   std::vector<std::string> words = {binary, "serve", "--port", "0", "--metrics-port", "0"};
   words.insert(words.end(), flags.begin(), flags.end());
   std::vector<char*> arguments;
+  arguments.reserve(words.size() + 1);
   for (std::string& word : words) {
     arguments.push_back(word.data());
   }
