@@ -32,7 +32,7 @@ struct Option {
   int64_t min = 0;
   int64_t max = std::numeric_limits<int64_t>::max();
   Unit unit = Unit::kNone;
-  std::vector<std::string> choices;  // of text; empty: any
+  std::vector<std::string> choices = {};  // of text; empty: any
 
   std::string flag() const;         // --name-with-dashes
   std::string environment() const;  // LONGSPAN_NAME

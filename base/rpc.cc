@@ -76,7 +76,8 @@ RequestIdentity identity_of(const grpc::ServerContextBase& context) {
 }
 
 void add_retry_pushback(grpc::ServerContextBase& context, const Status& status) {
-  for (const google::protobuf::Any& detail : to_rpc_status(status).details()) {
+  const google::rpc::Status message = to_rpc_status(status);
+  for (const google::protobuf::Any& detail : message.details()) {
     google::rpc::RetryInfo info;
     if (detail.UnpackTo(&info)) {
       context.AddTrailingMetadata("grpc-retry-pushback-ms",
