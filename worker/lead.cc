@@ -158,17 +158,7 @@ void Lead::begin_append(ContextRef context,
                         CallTerms terms,
                         StatusDone done) {
   auto task = [this, context, session, terms, done = std::move(done)](Status status) mutable {
-    StatusOr<Entry*> entry = status;
-    if (status.ok()) {
-      entry = find_entry(context, terms);
-    }
-    if (entry.ok() && (*entry)->append_session != 0) {
-      entry = append_in_progress();
-    }
-    if (entry.ok()) {
-      (*entry)->append_session = session;
-    }
-    done(entry.status());
+    done(status.ok() ? run_begin_append(context, session, terms) : status);
   };
   push_task(JobKind::kControl, context, kWholeContext, terms, 0, false, std::move(task));
 }
@@ -201,15 +191,7 @@ void Lead::commit(ContextRef context, AppendSession session, CallTerms terms, St
 
 void Lead::roll_back(ContextRef context, AppendSession session, StatusDone done) {
   auto task = [this, context, session, done = std::move(done)](Status status) mutable {
-    StatusOr<Entry*> entry = status;
-    if (status.ok()) {
-      entry = find_session(context, session);
-    }
-    if (entry.ok()) {
-      (*entry)->append_session = 0;
-      status = group_->rollback(context->handle());
-    }
-    done(status);
+    done(status.ok() ? run_roll_back(context, session) : status);
   };
   push_task(JobKind::kControl, context, kWholeContext, {}, 0, true, std::move(task));
 }
@@ -491,6 +473,23 @@ StatusOr<ContextState> Lead::run_truncate(const ContextRef& context,
     ++entry->generation;
   }
   return state_of(*entry);
+}
+
+Status Lead::run_begin_append(const ContextRef& context,
+                              AppendSession session,
+                              const CallTerms& terms) {
+  LONGSPAN_ASSIGN_OR_RETURN(Entry * entry, find_entry(context, terms));
+  if (entry->append_session != 0) {
+    return append_in_progress();
+  }
+  entry->append_session = session;
+  return absl::OkStatus();
+}
+
+Status Lead::run_roll_back(const ContextRef& context, AppendSession session) {
+  LONGSPAN_ASSIGN_OR_RETURN(Entry * entry, find_session(context, session));
+  entry->append_session = 0;
+  return group_->rollback(context->handle());
 }
 
 StatusOr<ContextState> Lead::run_commit(const ContextRef& context, AppendSession session) {

@@ -146,6 +146,8 @@ class Lead {
   StatusOr<ContextState> run_truncate(const ContextRef& context,
                                       int64_t num_tokens,
                                       const CallTerms& terms);
+  Status run_begin_append(const ContextRef& context, AppendSession session, const CallTerms& terms);
+  Status run_roll_back(const ContextRef& context, AppendSession session);
   StatusOr<ContextState> run_commit(const ContextRef& context, AppendSession session);
   Status run_write(const ContextRef& context, AppendSession session, const DecodedWrite& write);
   StatusOr<ContextState> run_remove(const ContextRef& context, const CallTerms& terms);
