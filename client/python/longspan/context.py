@@ -110,7 +110,7 @@ class Context:
     def _append_stream(self, expected_generation, timeout):
         limit = self._client.limits.max_chunk_bytes or streams.APPEND_CHUNK_BYTES
         return streams.AppendStream(
-            self._client.attention_stub.Append,
+            self._client.attention_stub.Append.future,
             timeout,
             self.id,
             expected_generation,
