@@ -55,9 +55,8 @@ StatusOr<RoundInputs> receive_inputs(Rank& rank,
       next += aligned(input_floats(portion) * sizeof(float));
     }
   }
-  if (rank.size() > 1) {
-    LONGSPAN_RETURN_IF_ERROR(rank.data.broadcast(data, 0, Rank::exchange_deadline()));
-  }
+  // A lone rank broadcasts too: so it meets a stopped group between rounds.
+  LONGSPAN_RETURN_IF_ERROR(rank.data.broadcast(data, 0, Rank::exchange_deadline()));
   RoundHeader header;
   std::memcpy(&header, data.data(), sizeof header);
   const std::byte* next = data.data() + kHeaderBytes + token_bytes;

@@ -1,6 +1,6 @@
 #include "worker/group.h"
 
-#include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <thread>
 
@@ -144,6 +144,7 @@ class InProcessGroup final : public Group {
 
   void stop() override {
     const std::lock_guard lock(stop_mutex_);
+    stopped_ = true;
     for (const auto* channel : {&host_, &data_}) {
       for (const auto& communicator : *channel) {
         communicator->abort(absl::UnavailableError("the group was stopped"));
@@ -168,6 +169,9 @@ class InProcessGroup final : public Group {
   }
 
   StatusOr<StepOutcome> run_step(const Step& step, std::span<TaskIo> io, Deadline deadline) {
+    if (stopped_) {
+      return absl::UnavailableError("the group was stopped");
+    }
     if (!broken_.ok()) {
       return broken_;
     }
@@ -195,6 +199,7 @@ class InProcessGroup final : public Group {
   const std::vector<std::unique_ptr<Communicator>> data_;
   std::vector<std::unique_ptr<Rank>> ranks_;
   std::unique_ptr<RankEngine> lead_;
+  std::atomic<bool> stopped_{false};
   std::mutex stop_mutex_;
   std::vector<std::thread> followers_;  // joined under stop_mutex_
 
