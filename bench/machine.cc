@@ -83,7 +83,7 @@ Record& Record::add(const std::string& name, double value) {
 std::string Record::json() const {
   std::string text = "{";
   for (const auto& [name, value] : fields_) {
-    text += (text.size() > 1 ? ", \"" : "\"") + name + "\": " + value;
+    text.append(text.size() > 1 ? ", \"" : "\"").append(name).append("\": ").append(value);
   }
   return text + "}";
 }

@@ -13,9 +13,9 @@ namespace longspan::simd {
 namespace {
 
 #ifdef LONGSPAN_SIMD_BF16_DOT
-constexpr size_t kMaxPairLanes = 4;
+inline constexpr size_t kMaxPairLanes = 4;
 #endif
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 #ifdef LONGSPAN_SIMD_BF16_DOT
 // A query as one or two bf16 that add up to it within 2^-16: the first holds its upper bits, the

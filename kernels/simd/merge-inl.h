@@ -12,7 +12,7 @@ namespace longspan::simd {
 namespace {
 
 // Parts of a row that are weighed at once; more are done in several passes over the output.
-constexpr int kPartsAtOnce = 32;
+inline constexpr int kPartsAtOnce = 32;
 
 // out[0, dim) (+)= sum of weights[p] * parts[p][0, dim), a zero weight leaving its part unread.
 template <class D>

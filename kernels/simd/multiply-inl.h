@@ -25,8 +25,8 @@ struct PairMath {
 #endif
 
 // Rows and vectors of a register block: 24 accumulators of 32 registers, or 12 of 16.
-constexpr size_t kBlockRows = 6;
-constexpr size_t kBlockVectors = kLanes == 16 ? 4 : 2;
+inline constexpr size_t kBlockRows = 6;
+inline constexpr size_t kBlockVectors = kLanes == 16 ? 4 : 2;
 
 // Left sides of up to kBlockRows rows; the sum runs over all terms.
 struct Left {

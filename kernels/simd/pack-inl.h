@@ -29,7 +29,7 @@ HWY_INLINE hn::Vec<D> load_row_quads(D d, const float* rows, size_t row_words) {
   }
 }
 
-constexpr size_t kLineBytes = 64;
+inline constexpr size_t kLineBytes = 64;
 
 // Asks for one row of the page that comes next while this one is taken apart: arithmetic and memory
 // then overlap, which the hardware does not see to across pages.

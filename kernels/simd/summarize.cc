@@ -119,7 +119,7 @@ class Entry {
 
 Status summarize(const SummarizeParams& params, Machine& machine) {
   const auto state_floats =
-      static_cast<size_t>(2 * std::max(params.out.key_dim, params.out.value_dim));
+      2 * static_cast<size_t>(std::max(params.out.key_dim, params.out.value_dim));
   for (Arena& arena : machine.arenas) {
     LONGSPAN_RETURN_IF_ERROR(arena.reserve(state_floats * sizeof(float), /*num_takes=*/1));
   }

@@ -28,7 +28,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 using Floats = hn::ScalableTag<float>;
 using Words = hn::ScalableTag<uint32_t>;
 using FloatVector = hn::Vec<Floats>;
-constexpr size_t kLanes = HWY_LANES(float);
+inline constexpr size_t kLanes = HWY_LANES(float);
 // Vectors are 8 or 16 floats and rows of keys and values multiples of 8: this is the rest.
 using Eight = hn::CappedTag<float, 8>;
 
