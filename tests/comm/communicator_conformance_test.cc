@@ -1,7 +1,8 @@
 // What every communicator must do, at every group size: the pipeline relies on nothing else.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
+#include <cstddef>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -81,8 +82,8 @@ Status exchange_all(Communicator& comm, size_t bytes) {
   LONGSPAN_RETURN_IF_ERROR(comm.all_gather(filled(rank, 0, bytes), gathered, soon()));
   for (int peer = 0; peer < size; ++peer) {
     const std::vector<std::byte> expected = filled(peer, 0, bytes);
-    if (std::memcmp(gathered.data() + static_cast<size_t>(peer) * bytes, expected.data(), bytes) !=
-        0) {
+    const auto part = gathered.begin() + static_cast<std::ptrdiff_t>(bytes) * peer;
+    if (!std::equal(expected.begin(), expected.end(), part)) {
       return absl::DataLossError("all_gather");
     }
   }
