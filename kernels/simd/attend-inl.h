@@ -163,8 +163,6 @@ inline void update_softmax(AttendTile& tile, const AttendPage& page) {
     float rescale = 1.0F;
     if (maximum != before) {
       rescale = hn::GetLane(exponential(Floats(), hn::Set(Floats(), before - origin)));
-    } else if (maximum == std::numeric_limits<float>::infinity()) {
-      rescale = std::numeric_limits<float>::quiet_NaN();  // inf - inf, as if done at once
     }
     tile.maximum[lane] = maximum;
     tile.sum[lane] = tile.sum[lane] * rescale + sum;

@@ -200,13 +200,11 @@ TEST_P(AttendConformance, SelectionsPerRowPerKvHeadAndPerQueryHead) {
 TEST_P(AttendConformance, LongDecodeIsDealtToThreads) {
   Random numbers = random(5);
   for (const int num_threads : {1, 2, 5}) {
-    for (const DataType dtype : kDtypes) {
-      Case test_case{.name = "long", .num_query_heads = 4, .num_kv_heads = 2};
-      test_case.dtype = dtype;
-      test_case.num_tokens = 20011;
-      check(test_case, causal_lists(test_case), num_threads, numbers);
-      check(test_case, random_lists(test_case, 4, numbers), num_threads, numbers);
-    }
+    Case test_case{.name = "long", .num_query_heads = 4, .num_kv_heads = 2};
+    test_case.dtype = kDtypes[num_threads % 3];
+    test_case.num_tokens = 10007;
+    check(test_case, causal_lists(test_case), num_threads, numbers);
+    check(test_case, random_lists(test_case, 4, numbers), num_threads, numbers);
   }
 }
 
