@@ -85,6 +85,7 @@ std::vector<SelectedSpan> reported_spans(const Portion& portion,
 
 int64_t distinct_tokens(const std::vector<SelectedSpan>& spans) {
   std::vector<Span> tokens;
+  tokens.reserve(spans.size());
   for (const SelectedSpan& span : spans) {
     tokens.push_back({span.begin, span.end});
   }

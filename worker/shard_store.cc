@@ -10,6 +10,7 @@ namespace {
 
 std::vector<ShardMap> maps_of(const ContextShape& shape) {
   std::vector<ShardMap> maps;
+  maps.reserve(static_cast<size_t>(shape.layout.num_ranks));
   for (int rank = 0; rank < shape.layout.num_ranks; ++rank) {
     maps.emplace_back(shape, rank);
   }
