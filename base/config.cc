@@ -119,6 +119,13 @@ const Option* find_option(const Options& options, absl::string_view name) {
   return found == options.end() ? nullptr : &*found;
 }
 
+std::string quote_if_needed(const std::string& text) {
+  const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+    return absl::ascii_isgraph(static_cast<unsigned char>(c)) && c != '#' && c != '"';
+  });
+  return plain ? text : absl::StrCat("\"", text, "\"");
+}
+
 // The value of a line without its comment and quotes.
 StatusOr<std::string> unquote(absl::string_view text) {
   if (absl::ConsumePrefix(&text, "\"")) {
@@ -206,19 +213,18 @@ std::string Option::type() const {
 }
 
 std::string Option::value() const {
-  return std::visit(
-      Overloaded{[](const bool* set) { return std::string(*set ? "true" : "false"); },
-                 [this](const int64_t* set) {
-                   return unit == Unit::kBytes ? print_scaled(*set, kByteSuffixes)
-                                               : absl::StrCat(*set);
-                 },
-                 [](const std::string* set) { return absl::StrCat("\"", *set, "\""); },
-                 [](const std::chrono::milliseconds* set) {
-                   const int64_t count = set->count();
-                   return count % 1000 == 0 ? absl::StrCat(count / 1000, "s")
-                                            : absl::StrCat(count, "ms");
-                 }},
-      target);
+  return std::visit(Overloaded{[](const bool* set) { return std::string(*set ? "true" : "false"); },
+                               [this](const int64_t* set) {
+                                 return unit == Unit::kBytes ? print_scaled(*set, kByteSuffixes)
+                                                             : absl::StrCat(*set);
+                               },
+                               [](const std::string* set) { return quote_if_needed(*set); },
+                               [](const std::chrono::milliseconds* set) {
+                                 const int64_t count = set->count();
+                                 return count % 1000 == 0 ? absl::StrCat(count / 1000, "s")
+                                                          : absl::StrCat(count, "ms");
+                               }},
+                    target);
 }
 
 Status Option::set(absl::string_view text) const {

@@ -39,10 +39,11 @@ Status busy(const std::string& id) {
 }  // namespace
 
 std::optional<std::chrono::nanoseconds> ContextRecord::ttl() const {
-  if (!spec.has_ttl()) {
+  if (!asked.has_ttl()) {
     return std::nullopt;
   }
-  return std::chrono::seconds(spec.ttl().seconds()) + std::chrono::nanoseconds(spec.ttl().nanos());
+  return std::chrono::seconds(asked.ttl().seconds()) +
+         std::chrono::nanoseconds(asked.ttl().nanos());
 }
 
 StatusOr<Catalogue::Reservation> Catalogue::reserve(ContextRecord& record, Moment now) {
@@ -87,8 +88,11 @@ StatusOr<Catalogue::Reservation> Catalogue::answer_again(const ContextRecord& ex
   if (existing.state != RecordState::kReady) {
     return busy(existing.context_id);
   }
+  using google::protobuf::util::MessageDifferencer;
+  const bool same_spec = MessageDifferencer::Equals(existing.asked, asked.asked) ||
+                         MessageDifferencer::Equals(existing.spec, asked.asked);
   if (existing.parent_id != asked.parent_id || existing.forked_tokens != asked.forked_tokens ||
-      !google::protobuf::util::MessageDifferencer::Equals(existing.spec, asked.spec)) {
+      !same_spec) {
     return with_reason(
         absl::AlreadyExistsError(absl::StrCat(
             "there is a context \"", existing.context_id, "\" that was made in another way")),
@@ -108,7 +112,13 @@ std::string Catalogue::fresh_id() const {
   return id;
 }
 
-void Catalogue::confirm(const std::string& context_id) {
+void Catalogue::confirm(const std::string& context_id, const v1::ContextSpec& spec) {
+  ContextRecord& record = records_.at(context_id);
+  record.spec = spec;
+  record.state = RecordState::kReady;
+}
+
+void Catalogue::cancel_removal(const std::string& context_id) {
   records_.at(context_id).state = RecordState::kReady;
 }
 

@@ -31,7 +31,8 @@ enum class RecordState : uint8_t { kPending, kReady };
 
 struct ContextRecord {
   std::string context_id;
-  v1::ContextSpec spec;
+  v1::ContextSpec asked;  // as the caller gave it
+  v1::ContextSpec spec;   // as the worker took it
   RecordState state = RecordState::kPending;
   SystemTime created;
   SteadyTime renewed;
@@ -54,11 +55,12 @@ class Catalogue {
   // when a ready context was asked for in the same way before (equal spec and parent, or the same
   // request_id). ALREADY_EXISTS, UNAVAILABLE while it is pending, RESOURCE_EXHAUSTED when full.
   StatusOr<Reservation> reserve(ContextRecord& record, Moment now);
-  // The worker has it, or has not.
-  void confirm(const std::string& context_id);
+  // The worker has it and took it so; or has not.
+  void confirm(const std::string& context_id, const v1::ContextSpec& spec);
   void drop(const std::string& context_id);
   // Nobody but its remover sees it any more. NOT_FOUND; UNAVAILABLE while it is pending.
   Status begin_removal(const std::string& context_id);
+  void cancel_removal(const std::string& context_id);
 
   // Ready ones only. NOT_FOUND.
   StatusOr<const ContextRecord*> find(const std::string& context_id) const;

@@ -57,7 +57,7 @@ void Coordinator::create(const v1::CreateContextRequest& request, ContextDone do
   ContextRecord record;
   record.context_id = request.context_id();
   record.request_id = request.request_id();
-  record.spec = request.spec();
+  record.asked = request.spec();
   StatusOr<Catalogue::Reservation> reservation = [&] {
     const std::lock_guard lock(mutex_);
     auto outcome = catalogue_.reserve(record, clock_());
@@ -70,7 +70,7 @@ void Coordinator::create(const v1::CreateContextRequest& request, ContextDone do
     get(record.context_id, std::move(done));
   } else {
     worker_.create(record.context_id,
-                   record.spec,
+                   record.asked,
                    [this, id = record.context_id, done = std::move(done)](
                        StatusOr<v1::Context> context) mutable {
                      finish_creation(id, std::move(context), done);
@@ -84,7 +84,7 @@ void Coordinator::finish_creation(const std::string& context_id,
   {
     const std::lock_guard lock(mutex_);
     if (context.ok()) {
-      catalogue_.confirm(context_id);
+      catalogue_.confirm(context_id, context->spec());
     } else {
       catalogue_.drop(context_id);
     }
@@ -174,7 +174,7 @@ void Coordinator::begin_and_remove(const v1::DeleteContextRequest& request, Stat
                      if (gone) {
                        catalogue_.drop(id);
                      } else {
-                       catalogue_.confirm(id);
+                       catalogue_.cancel_removal(id);
                      }
                      update_metrics();
                    }
@@ -194,7 +194,7 @@ void Coordinator::fork(const v1::ForkContextRequest& request, ContextDone done) 
   StatusOr<Catalogue::Reservation> reservation = [&]() -> StatusOr<Catalogue::Reservation> {
     const std::lock_guard lock(mutex_);
     LONGSPAN_ASSIGN_OR_RETURN(const ContextRecord* parent, catalogue_.find(request.context_id()));
-    record.spec = parent->spec;
+    record.asked = parent->spec;
     auto outcome = catalogue_.reserve(record, clock_());
     update_metrics();
     return outcome;
@@ -207,8 +207,11 @@ void Coordinator::fork(const v1::ForkContextRequest& request, ContextDone done) 
     v1::ForkContextRequest named = request;
     named.set_new_context_id(record.context_id);
     worker_.fork(named,
-                 [this, id = record.context_id, done = std::move(done)](
+                 [this, id = record.context_id, spec = record.asked, done = std::move(done)](
                      StatusOr<v1::Context> context) mutable {
+                   if (context.ok()) {
+                     *context->mutable_spec() = std::move(spec);
+                   }
                    finish_creation(id, std::move(context), done);
                  });
   }

@@ -31,6 +31,7 @@ class WorkerClient {
   // Every reason against the spec; fields are relative to it.
   virtual v1::CheckSpecResponse check_spec(const v1::ContextSpec& spec) const = 0;
 
+  // Brings the spec too, with everything that the caller left to the server filled in.
   virtual void create(const std::string& context_id,
                       const v1::ContextSpec& spec,
                       ContextDone done) = 0;

@@ -44,6 +44,7 @@ class AppendStream final : public grpc::ServerReadReactor<grpc::ByteBuffer>,
       reading_ = false;
       reads_ended_ = reads_ended_ || !ok;
       take_message = ok && !failure_ && end_ == End::kNone;
+      handling_ = take_message;
       pending_ += take_message ? 1 : 0;
     });
     if (!take_message) {
@@ -55,7 +56,10 @@ class AppendStream final : public grpc::ServerReadReactor<grpc::ByteBuffer>,
     if (status.ok()) {
       status = take(std::move(request));
     }
-    settle(status);
+    update([&] {
+      handling_ = false;
+      end_pending(status);
+    });
   }
 
   void OnCancel() override {
@@ -135,12 +139,14 @@ class AppendStream final : public grpc::ServerReadReactor<grpc::ByteBuffer>,
 
   // One pending thing has ended.
   void settle(const Status& status) {
-    update([&] {
-      --pending_;
-      if (!status.ok() && !failure_) {
-        failure_ = status;
-      }
-    });
+    update([&] { end_pending(status); });
+  }
+
+  void end_pending(const Status& status) {  // under the lock
+    --pending_;
+    if (!status.ok() && !failure_) {
+      failure_ = status;
+    }
   }
 
   void settle_failure(const Status& status) {
@@ -185,7 +191,7 @@ class AppendStream final : public grpc::ServerReadReactor<grpc::ByteBuffer>,
       return End::kNone;
     }
     if (!failure_ && !reads_ended_) {
-      if (!reading_ && pending_ < kWindow) {
+      if (!reading_ && !handling_ && pending_ < kWindow) {
         reading_ = true;
         read_started_ = std::chrono::steady_clock::now();
         StartRead(&read_bytes_);
@@ -269,6 +275,7 @@ class AppendStream final : public grpc::ServerReadReactor<grpc::ByteBuffer>,
   std::optional<Status> failure_;
   std::chrono::steady_clock::time_point read_started_;
   bool reading_ = false;
+  bool handling_ = false;  // a message: the next one is not read before it is queued
   bool reads_ended_ = false;
   bool proven_ = false;  // the stream was whole after its last message
   bool committed_ = false;

@@ -371,6 +371,16 @@ Method decode_method(const v1::Method& message, absl::string_view path, Findings
   return method;
 }
 
+v1::Method encode_dense_method() {
+  const Method dense = dense_method();
+  v1::Method message;
+  message.set_name(dense.name);
+  v1::Branch& branch = *message.add_branches();
+  branch.set_name(dense.branches.front().name);
+  branch.mutable_selection()->set_kind(v1::Selection::KIND_ALL);
+  return message;
+}
+
 StatusOr<std::vector<v1::Method>> load_methods(const std::string& directory) {
   std::error_code error;
   std::vector<std::string> paths;

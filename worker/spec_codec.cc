@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <string>
@@ -206,6 +207,27 @@ DecodedSpec decode_spec(const v1::ContextSpec& message,
   check_bookkeeping(message, findings);
   spec.default_method = decode_methods(message, terms, spec.shape, findings);
   decode_layout(message, terms, spec.shape, findings);
+  return spec;
+}
+
+v1::ContextSpec effective_spec(const v1::ContextSpec& message, const DecodedSpec& decoded) {
+  const ContextShape& shape = decoded.shape;
+  v1::ContextSpec spec = message;
+  spec.set_value_head_dim(static_cast<uint32_t>(shape.value_dim));
+  spec.set_kv_dtype(encode_data_type(shape.kv_dtype));
+  spec.set_scale(shape.scale);
+  if (spec.methods().empty()) {
+    *spec.add_methods() = encode_dense_method();
+  }
+  spec.set_default_method(shape.methods[decoded.default_method].name);
+  v1::Layout& layout = *spec.mutable_layout();
+  layout.set_stripe_tokens(static_cast<uint32_t>(
+      std::min<int64_t>(shape.layout.stripe_tokens, std::numeric_limits<uint32_t>::max())));
+  if (layout.kind() == v1::Layout::KIND_UNSPECIFIED) {
+    layout.set_kind(v1::Layout::KIND_BLOCK_CYCLIC);
+  }
+  spec.set_max_tokens(static_cast<uint64_t>(shape.max_tokens));
+  spec.set_durability(v1::ContextSpec::DURABILITY_CACHE);
   return spec;
 }
 

@@ -31,6 +31,9 @@ DecodedSpec decode_spec(const v1::ContextSpec& message,
                         const ServerTerms& terms,
                         Findings& findings);
 
+// The spec with everything that the caller left to the server filled in.
+v1::ContextSpec effective_spec(const v1::ContextSpec& message, const DecodedSpec& decoded);
+
 // OK, or why the backend declines the method for heads and types like these.
 Status check_support(const Backend& backend, const ContextShape& shape, const Method& method);
 

@@ -80,8 +80,20 @@ void LeadClient::create(const std::string& context_id,
     done(findings.status());
     return;
   }
-  lead_.create(
-      context_id, std::move(decoded.shape), decoded.default_method, encode_for(std::move(done)));
+  v1::ContextSpec effective = effective_spec(spec, decoded);
+  lead_.create(context_id,
+               std::move(decoded.shape),
+               decoded.default_method,
+               [effective = std::move(effective),
+                done = std::move(done)](StatusOr<ContextState> state) mutable {
+                 if (!state.ok()) {
+                   done(state.status());
+                   return;
+                 }
+                 v1::Context context = encode_state(*state);
+                 context.mutable_spec()->Swap(&effective);
+                 done(std::move(context));
+               });
 }
 
 void LeadClient::describe(std::vector<std::string> context_ids, ContextsDone done) {

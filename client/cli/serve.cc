@@ -87,12 +87,7 @@ StatusOr<std::vector<v1::Method>> shipped_methods(const ServeConfig& config) {
     });
   };
   if (!has("dense")) {
-    v1::Method dense;
-    dense.set_name("dense");
-    v1::Branch& branch = *dense.add_branches();
-    branch.set_name("all");
-    branch.mutable_selection()->set_kind(v1::Selection::KIND_ALL);
-    methods.insert(methods.begin(), std::move(dense));
+    methods.insert(methods.begin(), encode_dense_method());
   }
   if (!has(config.default_method)) {
     return absl::InvalidArgumentError(
