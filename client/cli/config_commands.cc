@@ -29,6 +29,7 @@ void add_options(CLI::App& command, Invocation& invocation, Configuration& confi
                                 option.flag(), set, option.help + " (" + option.environment() + ")")
                             ->type_name(option.type())
                             ->default_str(option.value())
+                            ->take_last()
                             ->group("Options of the server");
     if (!option.choices.empty()) {
       // Not checked here: load_config reports every error at once.

@@ -48,6 +48,10 @@ std::vector<std::string> method_names(const v1::ContextSpec& spec) {
   return names;
 }
 
+uint32_t value_dim(const v1::ContextSpec& spec) {
+  return spec.value_head_dim() == 0 ? spec.key_head_dim() : spec.value_head_dim();
+}
+
 std::string joined(const std::vector<std::string>& words) {
   std::string text;
   for (const std::string& word : words) {
@@ -62,12 +66,12 @@ Json spec_json(const v1::ContextSpec& spec) {
   json["num_query_heads"] = spec.num_query_heads();
   json["num_kv_heads"] = spec.num_kv_heads();
   json["key_head_dim"] = spec.key_head_dim();
-  json["value_head_dim"] = spec.value_head_dim();
+  json["value_head_dim"] = value_dim(spec);
   json["kv_dtype"] = dtype_name(spec.kv_dtype());
   json["scale"] = spec.scale();
   json["logit_soft_cap"] = spec.logit_soft_cap();
   json["methods"] = method_names(spec);
-  json["default_method"] = spec.default_method();
+  json["default_method"] = default_method_name(spec);
   json["layout"] = {{"kind", layout_name(spec.layout().kind())},
                     {"stripe_tokens", spec.layout().stripe_tokens()}};
   json["max_tokens"] = spec.max_tokens();
@@ -110,11 +114,11 @@ void print_context(const Invocation& invocation, const v1::Context& context) {
              std::to_string(spec.num_query_heads()) + " query, " +
                  std::to_string(spec.num_kv_heads()) + " key-value"});
   table.add({"head size",
-             std::to_string(spec.key_head_dim()) + " key, " +
-                 std::to_string(spec.value_head_dim()) + " value"});
+             std::to_string(spec.key_head_dim()) + " key, " + std::to_string(value_dim(spec)) +
+                 " value"});
   table.add({"cache type", dtype_name(spec.kv_dtype())});
   table.add({"methods", joined(method_names(spec))});
-  table.add({"default method", spec.default_method()});
+  table.add({"default method", default_method_name(spec)});
   table.add({"layout",
              layout_name(spec.layout().kind()) + ", stripes of " +
                  std::to_string(spec.layout().stripe_tokens()) + " tokens"});
@@ -199,7 +203,7 @@ int list_contexts(const Invocation& invocation) {
                    "x" + std::to_string(spec.key_head_dim()),
                dtype_name(spec.kv_dtype()),
                format_bytes(static_cast<double>(context.kv_bytes() + context.summary_bytes())),
-               spec.default_method(),
+               default_method_name(spec),
                context.has_expire_time() ? TimeUtil::ToString(context.expire_time()) : "never"});
   }
   table.print();

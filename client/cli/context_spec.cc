@@ -173,6 +173,13 @@ StatusOr<v1::ContextSpec> make_spec(client::Client& client, const SpecOptions& o
   return spec;
 }
 
+std::string default_method_name(const v1::ContextSpec& spec) {
+  if (!spec.default_method().empty()) {
+    return spec.default_method();
+  }
+  return spec.methods().empty() ? "dense" : spec.methods(0).name();
+}
+
 bool needs_gates(const v1::Method& method) {
   return method.merge().kind() == v1::Merge::KIND_GATES;
 }

@@ -52,6 +52,9 @@ StatusOr<v1::Method> read_method_file(const std::string& path);
 
 StatusOr<v1::ContextSpec> make_spec(client::Client& client, const SpecOptions& options);
 
+// What a call that names no method uses.
+std::string default_method_name(const v1::ContextSpec& spec);
+
 // Whether calls must bring gates, or search queries.
 bool needs_gates(const v1::Method& method);
 bool needs_search_query(const v1::Method& method);

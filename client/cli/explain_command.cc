@@ -31,20 +31,17 @@ struct ExplainOptions {
   size_t max_spans = 6;
 };
 
-// The method that the request means, from the spec of its context.
+// The method that the request means: it tells which inputs are needed.
 StatusOr<v1::Method> method_of(client::Client& server,
                                const v1::ContextSpec& spec,
                                const std::string& name_or_file) {
-  const std::string name = name_or_file.empty() ? spec.default_method() : name_or_file;
+  const std::string name = name_or_file.empty() ? default_method_name(spec) : name_or_file;
   for (const v1::Method& method : spec.methods()) {
     if (method.name() == name) {
       return method;
     }
   }
-  if (name_or_file.empty()) {
-    return absl::InternalError("the server names no default method for this context");
-  }
-  return resolve_method(server, name_or_file);
+  return resolve_method(server, name);
 }
 
 // From a file when one is named, else random when it is needed.

@@ -14,6 +14,7 @@ namespace longspan::cli {
 namespace {
 
 constexpr std::chrono::milliseconds kRedrawInterval{100};
+constexpr std::chrono::milliseconds kLineInterval{2'000};
 constexpr size_t kBarWidth = 30;
 
 bool looks_like_number(const std::string& text) {
@@ -105,7 +106,8 @@ void Progress::update(uint64_t done) {
   done_ = done;
   const auto now = std::chrono::steady_clock::now();
   const uint64_t tenths = 10 * done / total_;
-  if (terminal_ ? now - shown_at_ >= kRedrawInterval : tenths > shown_tenths_ && tenths < 10) {
+  const bool due = now - shown_at_ >= (terminal_ ? kRedrawInterval : kLineInterval);
+  if (due && (terminal_ || tenths > shown_tenths_)) {
     shown_at_ = now;
     shown_tenths_ = tenths;
     show(false);

@@ -28,7 +28,8 @@ std::string format_bytes(double bytes);    // "2.4 GiB"
 std::string format_count(uint64_t count);  // "1,048,576"
 std::string format_fixed(double value, int digits);
 
-// A bar on a terminal, plain lines at every tenth elsewhere; on standard error.
+// A bar on a terminal; elsewhere a line now and then, at most ten, and one at the end. On standard
+// error.
 class Progress {
  public:
   // Units appear as `done / total unit`.
@@ -51,7 +52,7 @@ class Progress {
   uint64_t done_ = 0;
   uint64_t shown_tenths_ = 0;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-  std::chrono::steady_clock::time_point shown_at_;
+  std::chrono::steady_clock::time_point shown_at_ = start_;
 };
 
 }  // namespace longspan::cli

@@ -9,8 +9,8 @@ def rows(rng, tokens, heads, dim, dtype=numpy.float32):
 
 
 def attend(query, key, value, start_pos, scale=None, window=None):
-    """(output, lse) of causal attention: query [tokens, heads, dim] at start_pos and up over key and
-    value [tokens, kv_heads, ...]; `window` keeps the last tokens only."""
+    """(output, lse) of causal attention: query [tokens, heads, dim] at start_pos and up, over key
+    and value [tokens, kv_heads, ...]; `window` keeps the last tokens only."""
     query, key, value = (array.astype(numpy.float64) for array in (query, key, value))
     tokens, heads, dim = query.shape
     group = heads // key.shape[1]

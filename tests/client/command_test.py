@@ -12,7 +12,12 @@ import pytest
 from conftest import ROOT
 from server import binary
 
-SHAPE = ["--layers", "2", "--query-heads", "4", "--kv-heads", "2", "--head-dim", "64"]
+
+def shape(layers=2, kv_heads=2):
+    return ["--layers", layers, "--query-heads", 4, "--kv-heads", kv_heads, "--head-dim", 64]
+
+
+SHAPE = shape()
 
 
 class Command:
@@ -52,8 +57,10 @@ def fill(client, context_id, tokens, rng):
 
 
 def test_the_life_of_a_context(run, client, rng):
-    made = run.json("context", "create", "one", *SHAPE, "--method", "dense", "--method", "quest",
-                    "--default-method", "quest", "--label", "team=blue", "--ttl", "500")  # fmt: skip
+    made = run.json(
+        *["context", "create", "one", *SHAPE, "--method", "dense", "--method", "quest"],
+        *["--default-method", "quest", "--label", "team=blue", "--ttl", "500"],
+    )
     assert made["context_id"] == "one"
     assert made["committed_length"] == 0
     assert made["layer_lengths"] == [0, 0]
@@ -99,7 +106,7 @@ def test_exit_codes(run, tmp_path):
     run("context", "create", "taken", *SHAPE)
     run(code=2)
     run("nonsense", code=2)
-    run("context", "create", *SHAPE, "--layers", "-1", code=2)
+    run("context", "create", *shape(layers=-1), code=2)
     run("context", "create", *SHAPE, "--kv-dtype", "int3", code=2)
     run("context", "create", "spaces are refused", *SHAPE, code=2)
     run("context", "get", "nowhere", code=3)
@@ -130,7 +137,7 @@ def test_errors_say_what_to_do(run):
 
 
 def test_errors_as_json(run):
-    refused = run("context", "create", *SHAPE, "--kv-heads", "3", "-o", "json", code=2)
+    refused = run("context", "create", *shape(kv_heads=3), "-o", "json", code=2)
     error = json.loads(refused.stderr)["error"]
     assert error["code"] == "INVALID_ARGUMENT"
     assert any("num_kv_heads" in violation["field"] for violation in error["field_violations"])
@@ -184,11 +191,14 @@ def test_explain(run, client, rng, tmp_path):
     fill(client, "full", 2000, rng)
     query = tmp_path / "query.npy"
     numpy.save(query, rng.standard_normal((4, 64)).astype(numpy.float32))
-    answer = run.json("explain", "full", "--query", query, "--method", "window", "--layer", 1,
+    near = tmp_path / "near.txtpb"
+    near.write_text("branches { mask { window_tokens: 100 sink_tokens: 4 } }")
+    answer = run.json("explain", "full", "--query", query, "--method", near, "--layer", 1,
                       "--position", 1500, "--compare-with-dense")  # fmt: skip
-    assert answer["method"] == "window"
+    assert answer["method"] == "near"
     assert len(answer["recall"]) == len(answer["relative_error"]) == 4
-    assert 0 < answer["read_fraction"] < 1
+    assert answer["read_fraction"] == pytest.approx(104 / 1501)
+    assert all(0 < recall < 1 for recall in answer["recall"])
     assert {row["query_head"] for row in answer["selections"]} == {0, 1, 2, 3}
     row = answer["selections"][0]
     assert row["position"] == 1500

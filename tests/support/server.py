@@ -1,5 +1,6 @@
 """A real `longspan serve` process for tests and tools: starts on free ports, waits for the ready
-line, and terminates with SIGTERM. The binary: $LONGSPAN_BINARY, else the newest build/*/bin/longspan.
+line, and terminates with SIGTERM. The binary is $LONGSPAN_BINARY, else the newest of
+build/*/bin/longspan.
 """
 
 import os
@@ -27,7 +28,7 @@ def binary() -> str:
 
 
 class Server:
-    """One server process. `address` and `metrics_address` are host:port; `log` is what it printed."""
+    """One server process. `address` and `metrics_address` are host:port, `log` is its output."""
 
     def __init__(self, *flags, env=None, command=None, start_timeout=60.0):
         self.log = []
