@@ -8,16 +8,27 @@ readonly log_folder=$root/build/log
 readonly python=$root/build/venv/bin/python
 
 progress_pid=
+beside_pid=
+beside_log=
 
 stop_progress() {
   if [[ -n $progress_pid ]]; then
-    kill "$progress_pid" 2>/dev/null || true
+    # Not SIGTERM: bash complains when it reaches a shell that has just been forked.
+    kill -KILL "$progress_pid" 2>/dev/null || true
     wait "$progress_pid" 2>/dev/null || true
     progress_pid=
     [[ ! -t 1 ]] || printf '\r\033[K'
   fi
 }
-trap stop_progress EXIT
+
+stop_everything() {
+  stop_progress
+  if [[ -n $beside_pid ]]; then
+    pkill -P "$beside_pid" 2>/dev/null || true
+    kill "$beside_pid" 2>/dev/null || true
+  fi
+}
+trap stop_everything EXIT
 
 elapsed() {
   printf '%d:%02d' $(($1 / 60)) $(($1 % 60))
@@ -38,12 +49,10 @@ show_progress() {
   done
 }
 
-# step "what" log_name command...: runs the command with its output in build/log/<log_name>.log; shows the log's end if it fails.
-step() {
-  local title=$1 log=$log_folder/$2.log start=$SECONDS code=0
+# finish title log command...: runs the command, which writes the log, shows the log's progress, and its end if it failed.
+finish() {
+  local title=$1 log=$2 start=$SECONDS code=0
   shift 2
-  mkdir -p "$log_folder"
-  : >"$log"
   echo "$title ..."
   show_progress "$log" 2>/dev/null &
   progress_pid=$!
@@ -55,6 +64,31 @@ step() {
     return "$code"
   fi
   echo "  done in $(elapsed $((SECONDS - start)))"
+}
+
+# step "what" log_name command...: runs the command with its output in build/log/<log_name>.log.
+step() {
+  local title=$1 log=$log_folder/$2.log
+  shift 2
+  mkdir -p "$log_folder"
+  : >"$log"
+  finish "$title" "$log" "$@"
+}
+
+# beside log_name command...: starts the command, one at a time, and does not wait for it.
+beside() {
+  beside_log=$log_folder/$1.log
+  shift
+  mkdir -p "$log_folder"
+  "$@" >"$beside_log" 2>&1 &
+  beside_pid=$!
+}
+
+# finish_beside "what": the step that `beside` started ends here.
+finish_beside() {
+  local pid=$beside_pid
+  finish "$1" "$beside_log" wait "$pid" || return
+  beside_pid=
 }
 
 # The first Python of at least 3.11 that can make virtual environments.
