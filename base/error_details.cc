@@ -4,6 +4,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "google/rpc/error_details.pb.h"
@@ -11,6 +12,8 @@
 namespace longspan {
 namespace {
 
+constexpr char kCapacityReason[] = "CAPACITY";
+constexpr std::chrono::milliseconds kDefaultRetry{1000};
 constexpr char kTypePrefix[] = "type.googleapis.com/";
 // The pipeline below knows no protobuf; it attaches the position that a write should have had so.
 constexpr char kExpectedPosition[] = "longspan.expected_pos";
@@ -58,7 +61,7 @@ absl::string_view default_reason(absl::StatusCode code) {
     case absl::StatusCode::kAlreadyExists:
       return "CONTEXT_EXISTS";
     case absl::StatusCode::kResourceExhausted:
-      return "CAPACITY";
+      return kCapacityReason;
     case absl::StatusCode::kFailedPrecondition:
       return "PRECONDITION";
     case absl::StatusCode::kAborted:
@@ -74,12 +77,50 @@ absl::string_view default_reason(absl::StatusCode code) {
   }
 }
 
+// Libraries below the service name the field in the message: "layout.stripe_tokens: must be …".
+std::optional<FieldError> field_in_message(absl::string_view message) {
+  const size_t colon = message.find(": ");
+  if (colon == absl::string_view::npos || colon == 0) {
+    return std::nullopt;
+  }
+  const absl::string_view field = message.substr(0, colon);
+  const bool is_path = std::all_of(field.begin(), field.end(), [](char c) {
+    return absl::ascii_islower(static_cast<unsigned char>(c)) ||
+           absl::ascii_isdigit(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '[' ||
+           c == ']';
+  });
+  if (!is_path) {
+    return std::nullopt;
+  }
+  return FieldError{std::string(field), std::string(message.substr(colon + 2))};
+}
+
+google::rpc::BadRequest encode_violations(const std::vector<FieldError>& violations) {
+  google::rpc::BadRequest details;
+  for (const FieldError& violation : violations) {
+    auto* encoded = details.add_field_violations();
+    encoded->set_field(violation.field);
+    encoded->set_description(violation.description);
+  }
+  return details;
+}
+
 // Where the status comes from below the service, gives it what every error has on the wire.
 Status complete(const Status& status) {
   if (status.ok()) {
     return status;
   }
   Status completed = status;
+  if (absl::IsInvalidArgument(status) && !find_detail<google::rpc::BadRequest>(status)) {
+    if (const std::vector<FieldError> errors = field_errors(status); !errors.empty()) {
+      set_detail(completed, encode_violations(errors));
+    }
+  }
+  const bool comes_back = absl::IsUnavailable(status) || (absl::IsResourceExhausted(status) &&
+                                                          reason_of(status) == kCapacityReason);
+  if (comes_back && !find_detail<google::rpc::RetryInfo>(status)) {
+    completed = with_retry(std::move(completed), kDefaultRetry);
+  }
   if (!find_detail<google::rpc::ErrorInfo>(status)) {
     std::map<std::string, std::string> metadata;
     if (const auto position = status.GetPayload(kExpectedPosition)) {
@@ -96,21 +137,15 @@ Status with_violations(absl::StatusCode code, const std::vector<FieldError>& vio
     return absl::OkStatus();
   }
   std::string message;
-  google::rpc::BadRequest details;
-  for (size_t i = 0; i < violations.size(); ++i) {
-    if (i < kMaxListedViolations) {
-      absl::StrAppend(
-          &message, i > 0 ? "; " : "", violations[i].field, ": ", violations[i].description);
-    }
-    auto* violation = details.add_field_violations();
-    violation->set_field(violations[i].field);
-    violation->set_description(violations[i].description);
+  for (size_t i = 0; i < std::min(violations.size(), kMaxListedViolations); ++i) {
+    absl::StrAppend(
+        &message, i > 0 ? "; " : "", violations[i].field, ": ", violations[i].description);
   }
   if (violations.size() > kMaxListedViolations) {
     absl::StrAppend(&message, "; and ", violations.size() - kMaxListedViolations, " more");
   }
   Status status(code, message);
-  set_detail(status, details);
+  set_detail(status, encode_violations(violations));
   return status;
 }
 
@@ -194,6 +229,9 @@ std::vector<FieldError> field_errors(const Status& status) {
     for (const auto& violation : details->field_violations()) {
       errors.push_back({violation.field(), violation.description()});
     }
+  } else if (const auto error = field_in_message(status.message());
+             error && absl::IsInvalidArgument(status)) {
+    errors.push_back(*error);
   }
   return errors;
 }

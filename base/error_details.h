@@ -39,7 +39,7 @@ Status invalid_argument(absl::string_view field, absl::string_view description);
 // UNIMPLEMENTED, reason UNSUPPORTED, with every reason as BadRequest. OK when there is none.
 Status unimplemented(const std::vector<FieldError>& reasons);
 
-// The field errors that a status carries.
+// The field errors that a status carries, or names in its message as libraries do.
 std::vector<FieldError> field_errors(const Status& status);
 // The ErrorInfo reason, or the default of the code; empty for OK.
 std::string reason_of(const Status& status);

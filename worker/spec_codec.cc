@@ -156,7 +156,9 @@ void decode_layout(const v1::ContextSpec& message,
   const StatusOr<Layout> layout = Layout::make(
       kind, terms.num_ranks, message.layout().stripe_tokens(), shape.max_tokens, alignment);
   if (!layout.ok()) {
-    findings.add_invalid("layout.stripe_tokens", layout.status().message());
+    for (const FieldError& error : field_errors(layout.status())) {
+      findings.add_invalid(error.field, error.description);
+    }
     return;
   }
   shape.layout = *layout;
