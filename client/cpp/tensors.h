@@ -28,11 +28,11 @@ struct Rows {
 
 // What a query brings along; only `query` is always needed.
 struct AttentionRows {
-  Rows query;         // [tokens][query heads][key dim]
-  Rows key;           // [tokens][kv heads][key dim]
-  Rows value;         // [tokens][kv heads][value dim]
-  Rows gates;         // [tokens][query heads][branches], fp32
-  Rows search_query;  // [tokens][query heads][key dim]
+  Rows query = {};         // [tokens][query heads][key dim]
+  Rows key = {};           // [tokens][kv heads][key dim]
+  Rows value = {};         // [tokens][kv heads][value dim]
+  Rows gates = {};         // [tokens][query heads][branches], fp32
+  Rows search_query = {};  // [tokens][query heads][key dim]
 
   AttentionRows cut(int64_t begin, int64_t end) const;
   int64_t row_bytes() const;
