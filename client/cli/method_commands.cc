@@ -130,10 +130,10 @@ Json check_json(const Check& check) {
 
 void print_check(const Check& check) {
   if (check.answer.reasons().empty()) {
-    std::printf("%s: accepted; %s a token in the cache, %s in summaries\n",
+    std::printf("%s: accepted; %s a token in the cache, %s B in summaries\n",
                 check.file.c_str(),
                 format_bytes(static_cast<double>(check.answer.kv_bytes_per_token())).c_str(),
-                format_bytes(check.answer.summary_bytes_per_token()).c_str());
+                format_fixed(check.answer.summary_bytes_per_token(), 2).c_str());
     return;
   }
   std::printf("%s: refused\n", check.file.c_str());

@@ -113,7 +113,7 @@ def decode_item(item: DecodeItem) -> attention_pb2.DecodeItem:
 def set_tensors(message, wires: dict[str, tensors.WireArray]) -> None:
     """Fills the fields of a message that the arrays are named after."""
     for field, wire in wires.items():
-        getattr(message, field).CopyFrom(wire.tensor())
+        wire.fill(getattr(message, field))
 
 
 def attention_result(message, query) -> AttentionResult:

@@ -130,13 +130,12 @@ class AppendStream(_Stream):
         step = max(1, self._chunk_bytes // max(1, wire_key.row_bytes + wire_value.row_bytes))
         # One chunk even for no tokens: the server is the one to judge them.
         for begin in range(0, max(1, num_tokens), step):
-            chunk = attention_pb2.AppendRequest.Chunk(
-                layer=layer,
-                start_pos=start_pos + begin,
-                key=wire_key.cut(begin, begin + step).tensor(),
-                value=wire_value.cut(begin, begin + step).tensor(),
-            )
-            self._send(attention_pb2.AppendRequest(chunk=chunk))
+            request = attention_pb2.AppendRequest()
+            request.chunk.layer = layer
+            request.chunk.start_pos = start_pos + begin
+            wire_key.cut(begin, begin + step).fill(request.chunk.key)
+            wire_value.cut(begin, begin + step).fill(request.chunk.value)
+            self._send(request)
 
     def close(self) -> None:
         """Commits: waits until the server shows what was written."""
@@ -168,13 +167,15 @@ class PrefillStream(_Stream):
 
     def send_wires(self, layer: int, wires: dict, start_pos: int, like) -> int:
         """The same with converted tensors; the output will be an array like `like`."""
-        chunk = attention_pb2.PrefillRequest.Chunk(
-            seq=next(self._numbers), layer=layer, start_pos=start_pos
-        )
-        results.set_tensors(chunk, wires)
-        self._send(attention_pb2.PrefillRequest(chunk=chunk))
-        self._sent.append((chunk.seq, like))
-        return chunk.seq
+        request = attention_pb2.PrefillRequest()
+        number = next(self._numbers)
+        request.chunk.seq = number
+        request.chunk.layer = layer
+        request.chunk.start_pos = start_pos
+        results.set_tensors(request.chunk, wires)
+        self._send(request)
+        self._sent.append((number, like))
+        return number
 
     def receive(self) -> results.AttentionResult:
         """The answer to the oldest chunk without one. Its Error leaves the stream usable."""

@@ -46,8 +46,12 @@ class WireArray(typing.NamedTuple):
     def cut(self, begin: int, end: int) -> WireArray:
         return WireArray(self.rows[begin:end], self.dtype)
 
-    def tensor(self) -> tensor_pb2.Tensor:
-        return tensor_pb2.Tensor(dtype=self.dtype, shape=self.rows.shape, raw=self.rows.tobytes())
+    def fill(self, tensor: tensor_pb2.Tensor) -> None:
+        """Sets a tensor in place: a finished one would be copied once more by each message around
+        it."""
+        tensor.dtype = self.dtype
+        tensor.shape.extend(self.rows.shape)
+        tensor.raw = self.rows.tobytes()
 
     @property
     def row_bytes(self) -> int:
