@@ -10,7 +10,10 @@ namespace longspan {
 namespace {
 
 // Scratch memory of a round, roughly, on each rank.
-constexpr int64_t kRoundBytes = int64_t{64} << 20;
+constexpr double kRoundBytes = double{64 << 20};
+// Multiplications of a round, roughly, over all ranks: about a second of two cores. Deadlines are
+// looked at between rounds.
+constexpr double kRoundMultiplications = 3e10;
 
 // Places for winners and candidates of a row, at most.
 struct SearchSize {
@@ -46,6 +49,39 @@ int64_t bytes_per_row(const TaskState& state, int num_ranks) {
   const int64_t copies = num_ranks > 1 ? 3 : 2;
   bytes += parts * heads * (shape.value_dim + 1) * 4 * copies;
   return state.task->compare_with_dense ? 4 * bytes : bytes;
+}
+
+// Keys, or summaries of them, that the last row of a task reads for each query head, roughly.
+int64_t keys_per_row(const Branch& branch, Phase phase, int64_t position) {
+  const int64_t visible = position + 1;
+  if (branch.selection.kind == SelectionKind::kAll) {
+    return visible;
+  }
+  int64_t keys =
+      branch.summary.kind == SummaryKind::kNone ? 0 : branch.summary.num_entries(visible);
+  keys += static_window(branch) + branch.mask.sink_tokens;
+  const SearchSize size = search_size(branch, phase, position);
+  if (branch.selection.spans) {
+    const SpanReach reach = span_reach(branch.selection, position);
+    keys += size.candidates + size.places * (reach.backward + reach.forward + 1);
+  } else if (branch.needs_search()) {
+    const int64_t forced =
+        branch.selection.forced_first_blocks + branch.selection.forced_last_blocks;
+    keys += (size.places + forced) * branch.selection.block_tokens;
+  }
+  return std::min(keys, 2 * visible);
+}
+
+// What share of a round the last row of a task takes.
+double share_of_round(const TaskState& state, int num_ranks) {
+  const ContextShape& shape = state.shard->shape;
+  double keys = 0;
+  for (const Branch& branch : state.method->branches) {
+    keys += static_cast<double>(keys_per_row(branch, state.task->phase, state.end() - 1));
+  }
+  const double multiplications = keys * shape.num_query_heads * (shape.key_dim + shape.value_dim);
+  return std::max(static_cast<double>(bytes_per_row(state, num_ranks)) / kRoundBytes,
+                  multiplications / kRoundMultiplications);
 }
 
 struct InputSizes {
@@ -88,21 +124,22 @@ SummaryRun* Portion::find_summary(int summary) {
 
 std::vector<Round> plan_rounds(std::span<TaskState> tasks, int num_ranks) {
   std::vector<Round> rounds;
-  int64_t left = 0;
+  double left = 0;  // of the last round
   for (TaskState& state : tasks) {
-    const int64_t row_bytes = bytes_per_row(state, num_ranks);
+    const double share = share_of_round(state, num_ranks);
     for (int64_t row = 0; row < state.task->num_rows;) {
-      if (left < row_bytes) {
+      if (left < share) {
         rounds.emplace_back();
-        left = std::max(kRoundBytes, row_bytes);
+        left = std::max(1.0, share);
       }
-      const int64_t rows = std::min(state.task->num_rows - row, left / row_bytes);
+      const auto fitting = static_cast<int64_t>(left / share);
+      const int64_t rows = std::clamp<int64_t>(fitting, 1, state.task->num_rows - row);
       Portion& portion = rounds.back().emplace_back();
       portion.state = &state;
       portion.first_row = row;
       portion.num_rows = rows;
       row += rows;
-      left -= rows * row_bytes;
+      left -= static_cast<double>(rows) * share;
     }
   }
   return rounds;
