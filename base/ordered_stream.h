@@ -138,6 +138,9 @@ class OrderedStream : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::Byt
   void end_if_stalled(std::chrono::steady_clock::time_point now) override {
     const std::lock_guard lock(mutex_);
     if (writing_ && now - write_started_ > stall_timeout_) {
+      if (!failure_) {
+        failure_ = absl::DeadlineExceededError("an answer was left unread for too long");
+      }
       context_->TryCancel();
     }
   }

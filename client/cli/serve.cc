@@ -354,8 +354,11 @@ void EmbeddedServer::stop() {
         lead_.interrupt();
       }
     });
-    server_->Shutdown(std::chrono::system_clock::now() + config_.drain_timeout);
+    // Calls are refused with UNAVAILABLE until all that were taken are done; only then may gRPC
+    // turn them away, which it does with CANCELLED.
     lead_.stop();
+    constexpr std::chrono::seconds kLastAnswers{1};
+    server_->Shutdown(std::chrono::system_clock::now() + kLastAnswers);
   }
 }
 

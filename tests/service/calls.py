@@ -57,7 +57,12 @@ class Stubs:
         """Random keys and values [layers][tokens, heads, dim] in every layer."""
         keys = rng.standard_normal((LAYERS, num_tokens, KV_HEADS, DIM), numpy.float32)
         values = rng.standard_normal((LAYERS, num_tokens, KV_HEADS, DIM), numpy.float32)
-        chunks = [chunk(layer, start_pos, keys[layer], values[layer]) for layer in range(LAYERS)]
+        chunks = [
+            chunk(layer, start_pos + begin, keys[layer, begin:end], values[layer, begin:end])
+            for layer in range(LAYERS)
+            for begin in range(0, num_tokens, 1024)
+            for end in [min(begin + 1024, num_tokens)]
+        ]
         self.append(context_id, chunks)
         return keys, values
 

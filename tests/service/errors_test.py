@@ -386,8 +386,7 @@ def test_a_full_queue_is_refused_and_recovers(start, connect, rng):
     process = start("--max-queue-depth", 8, "--threads-per-rank", 1)
     stubs = connect(process.address)
     made = stubs.create()
-    for part in range(16):
-        stubs.fill(rng, made.context_id, 2048, start_pos=part * 2048)
+    stubs.fill(rng, made.context_id, 32768)
     query = query_of(rng, 64)
     request = attention.DecodeRequest(items=[item(made.context_id, query) for _ in range(4)])
     barrier = threading.Barrier(8)
