@@ -33,10 +33,15 @@ compdef _longspan longspan
 
 constexpr const char* kFish = R"(# fish completion of longspan: longspan completion fish | source
 function __longspan_complete
-  set -l words (commandline -opc) (commandline -ct)
-  longspan __complete $words[2..-1] 2>/dev/null
+  set -l words (commandline -opc)
+  set -l candidates (longspan __complete $words[2..-1] (commandline -ct) 2>/dev/null)
+  if test -n "$candidates"
+    printf '%s\n' $candidates
+  else
+    __fish_complete_path (commandline -ct)
+  end
 end
-complete -c longspan -a '(__longspan_complete)'
+complete -c longspan -f -a '(__longspan_complete)'
 )";
 
 CLI::App* find_subcommand(CLI::App& app, const std::string& word) {

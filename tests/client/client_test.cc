@@ -78,11 +78,11 @@ double relative_error(const std::vector<float>& actual,
 class ClientTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
-    server_ = new longspan::testing::ServerProcess({"--ranks", "2", "--kv-capacity", "256MiB"});
+    server = new longspan::testing::ServerProcess({"--ranks", "2", "--kv-capacity", "256MiB"});
   }
   static void TearDownTestSuite() {
-    EXPECT_EQ(server_->terminate(), 0);
-    delete server_;
+    EXPECT_EQ(server->terminate(), 0);
+    delete server;
   }
 
   ClientTest() {
@@ -128,14 +128,14 @@ class ClientTest : public ::testing::Test {
     EXPECT_THAT(response->layer_lengths(), ElementsAre(tokens, 0));
   }
 
-  static longspan::testing::ServerProcess* server_;
+  static longspan::testing::ServerProcess* server;
   std::mt19937_64 generator_;
-  Client client_{server_->address()};
+  Client client_{server->address()};
   Matrix key_;
   Matrix value_;
 };
 
-longspan::testing::ServerProcess* ClientTest::server_ = nullptr;
+longspan::testing::ServerProcess* ClientTest::server = nullptr;
 
 TEST_F(ClientTest, TellsWhatTheServerIs) {
   const auto capabilities = client_.capabilities();
