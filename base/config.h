@@ -50,9 +50,9 @@ struct ConfigError {
 };
 
 struct ConfigSources {
-  std::string file;                                        // empty: none
-  std::map<std::string, std::string> environment;          // by variable name
-  std::vector<std::pair<std::string, std::string>> flags;  // by option name, in order
+  std::string file = {};                                        // empty: none
+  std::map<std::string, std::string> environment = {};          // by variable name
+  std::vector<std::pair<std::string, std::string>> flags = {};  // by option name, in order
 };
 
 // Sets the variables; answers every error of every source at once.
