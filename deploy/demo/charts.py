@@ -114,31 +114,59 @@ def latency(figures: list[dict]) -> str:
     return _svg(figure, "latency", "Decode latency against context length")
 
 
-def accuracy(figures: list[dict], best: list[dict]) -> str:
-    """Recall (mean and worst tenth) and output error against the tokens read."""
+def _budget_axis(axes, figures: list[dict]) -> None:
+    reads = [point["tokens_read"] for point in figures]
+    powers = range(int(numpy.log2(min(reads))), int(numpy.ceil(numpy.log2(max(reads)))) + 1)
+    _token_axis(axes, [float(1 << power) for power in powers])
+    axes.tick_params(axis="x", labelsize=9)
+    axes.set_xlabel("tokens read a query head (mean)")
+
+
+def _against_budget(figures: list[dict], best: list[dict], panels, name: str, description: str) -> str:
+    """Three panels of lines over the tokens read. panels: (value of a figure or of a best point, None
+    where it has none; title; label of the axis; whether it is a share)."""
     figure, all_axes = plt.subplots(1, 3, figsize=(13.2, 4.2), layout="constrained")
-    panels = [
-        ("recall_mean", "Recall of attention mass, mean", "share of dense attention mass"),
-        ("recall_p10", "Recall, worst tenth of heads and positions", "share of dense attention mass"),
-        ("error_mean", "Relative error of the output, mean", "‖out − dense‖ / ‖dense‖"),
-    ]
-    for axes, (field, title, label) in zip(all_axes, panels, strict=True):
+    for axes, (value, title, label, is_share) in zip(all_axes, panels, strict=True):
         for family in _families(figures):
             points = [point for point in figures if point["family"] == family]
-            _line(axes, family, [p["tokens_read"] for p in points], [p[field] for p in points])
-        if field in best[0]:
-            _line(axes, "best", [p["budget_tokens"] for p in best], [p[field] for p in best])
-        reads = [point["tokens_read"] for point in figures]
-        powers = range(int(numpy.log2(min(reads))), int(numpy.ceil(numpy.log2(max(reads)))) + 1)
-        _token_axis(axes, [float(1 << power) for power in powers])
-        axes.tick_params(axis="x", labelsize=9)
+            _line(axes, family, [p["tokens_read"] for p in points], [value(p) for p in points])
+        if is_share:
+            _line(axes, "best", [p["budget_tokens"] for p in best], [value(p) for p in best])
+        _budget_axis(axes, figures)
         axes.set_title(title)
-        axes.set_xlabel("tokens read a query head (mean)")
         axes.set_ylabel(label)
-        axes.set_ylim(0, 1.02 if field != "error_mean" else None)
+        axes.set_ylim(0, 1.02 if is_share else None)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return _svg(figure, "accuracy", "Recall and error against budget")
+    return _svg(figure, name, description)
+
+
+def accuracy(figures: list[dict], best: list[dict]) -> str:
+    """Recall (mean and worst tenth) and output error against the tokens read."""
+    share = "share of dense attention mass"
+    panels = [
+        (lambda p: p["recall_mean"], "Recall of attention mass, mean", share, True),
+        (lambda p: p["recall_p10"], "Recall, worst tenth of heads and positions", share, True),
+        (
+            lambda p: p["error_mean"],
+            "Relative error of the output, mean",
+            "‖out − dense‖ / ‖dense‖",
+            False,
+        ),
+    ]
+    return _against_budget(figures, best, panels, "accuracy", "Recall and error against budget")
+
+
+def recall_by_layer(figures: list[dict], best: list[dict], layers: list[int]) -> str:
+    """The same recall, layer by layer: how spread a layer's attention is decides."""
+
+    def panel(index: int, layer: int):
+        title = f"Recall in layer {layer}, mean"
+        label = "share of dense attention mass"
+        return (lambda p: p["recall_by_layer"][index], title, label, True)
+
+    panels = [panel(index, layer) for index, layer in enumerate(layers)]
+    return _against_budget(figures, best, panels, "by-layer", "Recall by layer against budget")
 
 
 def trade(figures: list[dict], dense: dict) -> str:

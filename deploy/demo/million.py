@@ -91,6 +91,7 @@ def _accuracy(measured: _Measured, dense: _Measured) -> dict:
         "recall_p10": float(numpy.percentile(recall, 10)),
         "recall_by_layer": [float(layer.mean()) for layer in recall],
         "error_mean": float(error.mean()),
+        "error_by_layer": [float(layer.mean()) for layer in error],
         "error_p50": float(numpy.percentile(error, 50)),
         "error_p90": float(numpy.percentile(error, 90)),
     }
@@ -141,6 +142,7 @@ def _check_against_torch(haystack, rows, dense: _Measured, budgets) -> dict:
                 "budget_tokens": budget,
                 "recall_mean": float(best_mass[..., index].mean()),
                 "recall_p10": float(numpy.percentile(best_mass[..., index], 10)),
+                "recall_by_layer": [float(layer[..., index].mean()) for layer in best_mass],
             }
             for index, budget in enumerate(budgets)
         ],

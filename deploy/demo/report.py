@@ -150,6 +150,9 @@ lie upon the near ones. {million["kv_bytes"] / 2**30:.2f} GiB of keys and values
 {_figure(charts.accuracy(million["accuracy"], check["best_recall"]),
          "Recall: the share of dense attention's mass on the keys that a method read, from the two log-sum-exps. "
          "The dashed line is what no choice of 16-token pages could exceed at that budget.")}
+{_figure(charts.recall_by_layer(million["accuracy"], check["best_recall"], million["layers"]),
+         "Layers differ more than methods: where attention is spread over tens of thousands of tokens no small "
+         "budget can hold it; where it lies on the sink, near tokens and single facts a small one does.")}
 {_table(header, rows)}
 <p>Dense through the service against PyTorch in fp32 on the same keys: relative error at most
 {check["error_max"]:.1e}, log-sum-exp within {check["lse_difference_max"]:.1e}.</p></section>

@@ -31,7 +31,7 @@ def job(tmp_path_factory):
 
 def test_report_stands_alone(job):
     _, report, _ = job
-    assert report.count("<svg") == 4
+    assert report.count("<svg") == 5
     # Nothing is loaded from elsewhere: links inside the page and embedded pictures only. Names of XML
     # namespaces look like addresses, but are not fetched.
     for attribute in re.findall(r'(?:src|href)="([^"]*)"', report):
