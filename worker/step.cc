@@ -34,6 +34,9 @@ class Reader {
   explicit Reader(std::span<const std::byte> in) : in_(in) {}
 
   void bytes(void* data, size_t size) {
+    if (size == 0) {
+      return;
+    }
     if (size > in_.size()) {
       failed_ = true;
       in_ = {};

@@ -5,7 +5,6 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/reference/pipeline.h"
 #include "tests/support/compare.h"
 
 namespace longspan::testing {
@@ -174,12 +173,9 @@ AttendItem ContextModel::item(const Question& question,
   return item;
 }
 
-void ContextModel::check(const Question& question,
-                         const Method& method,
-                         const Numbers& numbers,
-                         const AttendResult& result,
-                         Tally& tally) const {
-  ASSERT_TRUE(result.status.ok()) << result.status;
+ReferenceResult ContextModel::reference_of(const Question& question,
+                                           const Method& method,
+                                           const Numbers& numbers) const {
   const Layer& stored = layers_[static_cast<size_t>(question.layer)];
   std::vector<int64_t> positions;
   for (int64_t row = 0; row < question.num_rows; ++row) {
@@ -205,12 +201,21 @@ void ContextModel::check(const Question& question,
   problem.query = numbers.query.data();
   problem.search_query = numbers.search_query.data();
   problem.gates = numbers.gates.data();
-  const ReferenceResult reference = run_reference(problem);
+  return run_reference(problem);
+}
 
-  const auto value_dim = static_cast<size_t>(shape_.value_dim);
+void ContextModel::check(const Question& question,
+                         const Method& method,
+                         const Numbers& numbers,
+                         const AttendResult& result,
+                         Tally& tally) const {
+  ASSERT_TRUE(result.status.ok()) << result.status;
+  EXPECT_EQ(result.layer_length, length(question.layer));
+  const ReferenceResult reference = reference_of(question, method, numbers);
+  const auto value_dim = static_cast<std::ptrdiff_t>(shape_.value_dim);
   const auto branches = static_cast<size_t>(reference.num_branches);
-  const size_t rows = positions.size() * static_cast<size_t>(shape_.num_query_heads);
-  ASSERT_EQ(result.out.size(), rows * value_dim);
+  const size_t rows = static_cast<size_t>(question.num_rows * shape_.num_query_heads);
+  ASSERT_EQ(result.out.size(), reference.out.size());
   ASSERT_EQ(result.lse.size(), reference.lse.size());
   ASSERT_EQ(result.selections.size(), rows * branches);
   std::vector<float> out;
@@ -218,36 +223,31 @@ void ContextModel::check(const Question& question,
   std::vector<float> lse;
   std::vector<double> expected_lse;
   for (size_t i = 0; i < rows; ++i) {
+    const std::span selections = std::span(reference.selections).subspan(i * branches, branches);
     ++tally.rows;
-    bool tie = false;
-    for (size_t branch = 0; branch < branches; ++branch) {
-      tie = tie || is_tie(reference.selections[i * branches + branch]);
-    }
-    if (tie) {
+    if (std::any_of(selections.begin(), selections.end(), is_tie)) {
       ++tally.left_out;
       continue;
     }
     for (size_t branch = 0; branch < branches; ++branch) {
-      const RowSelection& selection = result.selections[i * branches + branch];
-      const std::vector<Span> tokens = distinct(selection);
-      EXPECT_EQ(tokens, reference.selections[i * branches + branch].tokens)
+      const std::vector<Span> tokens = distinct(result.selections[i * branches + branch]);
+      EXPECT_EQ(tokens, selections[branch].tokens)
           << "row " << i << " branch " << branch << ": " << text(tokens) << "reference "
-          << text(reference.selections[i * branches + branch].tokens);
+          << text(selections[branch].tokens);
     }
-    out.insert(out.end(),
-               result.out.begin() + static_cast<std::ptrdiff_t>(i * value_dim),
-               result.out.begin() + static_cast<std::ptrdiff_t>((i + 1) * value_dim));
+    const auto first = static_cast<std::ptrdiff_t>(i) * value_dim;
+    out.insert(out.end(), result.out.begin() + first, result.out.begin() + first + value_dim);
     expected_out.insert(expected_out.end(),
-                        reference.out.begin() + static_cast<std::ptrdiff_t>(i * value_dim),
-                        reference.out.begin() + static_cast<std::ptrdiff_t>((i + 1) * value_dim));
+                        reference.out.begin() + first,
+                        reference.out.begin() + first + value_dim);
     if (!reference.lse.empty()) {
       lse.push_back(result.lse[i]);
       expected_lse.push_back(reference.lse[i]);
     }
   }
-  EXPECT_TRUE(outputs_match(out, expected_out, value_dim, tolerance(shape_.kv_dtype)));
+  EXPECT_TRUE(
+      outputs_match(out, expected_out, static_cast<size_t>(value_dim), tolerance(shape_.kv_dtype)));
   EXPECT_TRUE(lse_match(lse, expected_lse, tolerance(shape_.kv_dtype)));
-  EXPECT_EQ(result.layer_length, length(question.layer));
 }
 
 void ContextModel::ask(const Question& question, const Method& method, Tally& tally) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/reference/pipeline.h"
 #include "tests/support/cases.h"
 #include "worker/group.h"
 
@@ -76,6 +77,9 @@ class ContextModel {
 
   Numbers make_numbers(const Question& question, const Method& method);
   AttendItem item(const Question& question, const Method& method, const Numbers& numbers) const;
+  ReferenceResult reference_of(const Question& question,
+                               const Method& method,
+                               const Numbers& numbers) const;
   void check(const Question& question,
              const Method& method,
              const Numbers& numbers,

@@ -11,7 +11,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "kernels/reference/pipeline.h"
 #include "tests/support/compare.h"
 #include "tests/support/methods.h"
 #include "tests/worker/context_model.h"
