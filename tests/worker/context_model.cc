@@ -257,6 +257,7 @@ void ContextModel::ask(const Question& question, const Method& method, Tally& ta
 void ContextModel::ask_together(Group& group, const std::vector<Part>& parts, Tally& tally) {
   std::vector<Numbers> numbers;
   std::vector<AttendItem> items;
+  numbers.reserve(parts.size());
   for (const Part& part : parts) {
     numbers.push_back(part.model->make_numbers(part.question, *part.method));
   }
