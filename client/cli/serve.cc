@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "google/protobuf/stubs/logging.h"
 #include "grpc/health/v1/health.pb.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/grpcpp.h"
@@ -376,6 +377,8 @@ sigset_t ending_signals() {
 int serve(const ServeConfig& config) {
   const sigset_t signals = ending_signals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  // What cannot be parsed is answered; strangers do not get to write lines of the log.
+  google::protobuf::SetLogHandler(nullptr);
   StatusOr<std::unique_ptr<EmbeddedServer>> server = EmbeddedServer::start(config);
   if (!server.ok()) {
     std::fprintf(stderr, "longspan: %s\n", std::string(server.status().message()).c_str());

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <memory>
 
+#include "google/protobuf/stubs/logging.h"
 #include "google/protobuf/text_format.h"
 
 #include "base/error_details.h"
@@ -50,6 +51,7 @@ v1::ContextSpec make_spec() {
 // A server's terms and one of its contexts.
 struct Fixture {
   Fixture() {
+    google::protobuf::SetLogHandler(nullptr);  // it writes a line for each broken string
     terms.limits.set_max_message_bytes(1 << 20);
     terms.limits.set_max_chunk_bytes(1 << 18);
     terms.limits.set_max_context_tokens(1 << 20);
