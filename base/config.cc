@@ -61,6 +61,8 @@ template <class... Visitors>
 struct Overloaded : Visitors... {
   using Visitors::operator()...;
 };
+template <class... Visitors>
+Overloaded(Visitors...) -> Overloaded<Visitors...>;
 
 Status wrong(absl::string_view text, absl::string_view expected) {
   return absl::InvalidArgumentError(absl::StrCat("\"", text, "\" is not ", expected));

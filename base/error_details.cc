@@ -276,9 +276,10 @@ grpc::Status to_grpc_status(const Status& status) {
     return grpc::Status::OK;
   }
   google::rpc::Status message = to_rpc_status(status);
-  std::string text = message.message().substr(0, kMaxHeaderMessageBytes);
+  const std::string text = message.message().substr(0, kMaxHeaderMessageBytes);
   message.set_message(text);
-  return {static_cast<grpc::StatusCode>(message.code()), text, header_details(std::move(message))};
+  const auto code = static_cast<grpc::StatusCode>(message.code());
+  return {code, text, header_details(std::move(message))};
 }
 
 Status from_grpc_status(const grpc::Status& status) {

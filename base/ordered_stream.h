@@ -121,6 +121,8 @@ class OrderedStream : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::Byt
 
   void OnDone() override {
     streams_.remove(this);
+    // Whoever called Finish may still hold the lock.
+    { const std::lock_guard lock(mutex_); }
     record_.identity = identity_of(*context_);
     record_.duration = std::chrono::steady_clock::now() - started_;
     observer_.finished(record_);

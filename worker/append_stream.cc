@@ -79,6 +79,8 @@ class AppendStream final : public grpc::ServerReadReactor<grpc::ByteBuffer>,
 
   void OnDone() override {
     environment_.streams.remove(this);
+    // Whoever changed the state last may still hold the lock.
+    { const std::lock_guard lock(mutex_); }
     record_.identity = identity_of(*context_);
     record_.duration = std::chrono::steady_clock::now() - started_;
     environment_.observer.finished(record_);

@@ -89,7 +89,10 @@ class DecodeStream final : public OrderedStream<v1::DecodeStreamRequest, v1::Dec
                          *result.mutable_status() = to_rpc_status(status);
                        }
                        report(slot, status);
-                       complete(slot);
+                       const auto begin = std::chrono::steady_clock::now();
+                       WorkerMetrics& metrics = environment_.metrics;
+                       complete(slot);  // the stream may be gone after this
+                       metrics.sent(std::chrono::steady_clock::now() - begin);
                      });
   }
 

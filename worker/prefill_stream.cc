@@ -108,7 +108,10 @@ class PrefillStream final : public OrderedStream<v1::PrefillRequest, v1::Prefill
       return;
     }
     report(slot, absl::OkStatus());
-    complete(slot);
+    const auto begin = std::chrono::steady_clock::now();
+    WorkerMetrics& metrics = environment_.metrics;
+    complete(slot);  // the stream may be gone after this
+    metrics.sent(std::chrono::steady_clock::now() - begin);
   }
 
   void fail(Slot& slot, const Status& status) {

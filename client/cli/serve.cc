@@ -44,6 +44,7 @@ constexpr char kDataPlane[] = "longspan.v1.AttentionService";
 // What gRPC may hold beside the queue: messages that are being read or written.
 constexpr int64_t kTransportBytes = int64_t{1} << 30;
 constexpr uint32_t kMaxPageSize = 1000;
+constexpr size_t kScrapers = 4;  // answered at a time
 
 v1::Limits limits_of(const ServeConfig& config) {
   v1::Limits limits;
@@ -268,7 +269,7 @@ v1::GetCapabilitiesResponse EmbeddedServer::capabilities(
 Status EmbeddedServer::expose() {
   try {
     exposer_ = std::make_unique<prometheus::Exposer>(
-        absl::StrCat(config_.metrics_host, ":", config_.metrics_port), 1);
+        absl::StrCat(config_.metrics_host, ":", config_.metrics_port), kScrapers);
   } catch (const std::exception& error) {
     return absl::UnavailableError(absl::StrCat("metrics cannot be served on ",
                                                config_.metrics_host,
