@@ -84,9 +84,10 @@ beside() {
   beside_pid=$!
 }
 
-# finish_beside "what": the step that `beside` started ends here.
+# finish_beside "what": the step that `beside` started ends here; nothing if it has ended already.
 finish_beside() {
   local pid=$beside_pid
+  [[ -n $pid ]] || return 0
   finish "$1" "$beside_log" wait "$pid" || return
   beside_pid=
 }
