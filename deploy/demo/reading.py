@@ -1,8 +1,10 @@
 """The first job: the model reads several thousand tokens with a fact hidden in them and answers a
 question about it, dense and with each sparse method that suits an ordinary model.
 
-Every method is compared with the model's own attention (PyTorch SDPA) on the next-token distributions
-of the same positions: the prompt's last tokens and the reference's answer, fed one by one.
+The prompt is prefilled but for its last token, then the answer decoded. Methods that are made for decoding
+prefill densely: they fork one shared dense context. Beside its answer, every method is compared with the
+model's own attention (PyTorch SDPA) on the next-token distributions of the same positions: the prompt's last
+tokens and the reference's answer, all fed one by one.
 """
 
 import dataclasses
@@ -42,19 +44,23 @@ class Reading:
 
 @dataclasses.dataclass
 class Prompt:
-    """ids [1, tokens]; the last `num_compared` of them are fed one by one."""
+    """ids [1, tokens]; on the last `num_compared` of them distributions are compared."""
 
     ids: torch.Tensor
     num_compared: int
     answer_tokens: int
 
     @property
-    def head(self) -> torch.Tensor:
-        return self.ids[:, : -self.num_compared]
+    def prefilled(self) -> torch.Tensor:
+        return self.ids[:, :-1]
 
     @property
-    def tail(self) -> torch.Tensor:
-        return self.ids[:, -self.num_compared :]
+    def last(self) -> int:
+        return int(self.ids[0, -1])
+
+    @property
+    def compared(self) -> list[int]:
+        return self.ids[0, -self.num_compared :].tolist()
 
 
 def make_prompt(engine: Engine, verses: list[str], num_tokens: int, quick: bool) -> Prompt:
@@ -98,14 +104,14 @@ def _answer(engine: Engine, cache, logits: torch.Tensor, limit: int) -> tuple[li
     return answer, len(answer) / (time.monotonic() - start)
 
 
-def _question_and_answer(
+def _answer_and_compare(
     engine: Engine, cache, prompt: Prompt, reference: list[int] | None
 ) -> tuple[list[torch.Tensor], list[int], float]:
-    """From a cache of the prompt's head: logits of the compared positions, the method's own answer, and
+    """From a cache of the prefilled prompt: logits of the compared positions, the method's own answer, and
     its tokens a second. `reference`: the answer to compare on; None: the method's own."""
-    logits = _forced(engine, cache, prompt.tail[0].tolist())
-    answer, speed = _answer(engine, cache, logits[-1], prompt.answer_tokens)
-    cache.crop(prompt.ids.shape[1] - cache.get_seq_length())
+    answer, speed = _answer(engine, cache, _decode(engine, cache, prompt.last), prompt.answer_tokens)
+    cache.crop(prompt.ids.shape[1] - prompt.num_compared - cache.get_seq_length())
+    logits = _forced(engine, cache, prompt.compared)
     logits += _forced(engine, cache, answer if reference is None else reference)
     return logits, answer, speed
 
@@ -114,10 +120,10 @@ def read_with_own_attention(engine: Engine, prompt: Prompt) -> Reading:
     """The reference: PyTorch's attention, keys and values in the engine."""
     engine.model.set_attn_implementation("sdpa")
     cache = DynamicCache(config=engine.model.config)
-    with progress.Progress("Prefill, PyTorch SDPA", prompt.head.shape[1], "tokens") as bar:
-        _prefill(engine, cache, prompt.head, bar)
+    with progress.Progress("Prefill, PyTorch SDPA", prompt.prefilled.shape[1], "tokens") as bar:
+        _prefill(engine, cache, prompt.prefilled, bar)
         seconds = bar.seconds
-    logits, answer, speed = _question_and_answer(engine, cache, prompt, None)
+    logits, answer, speed = _answer_and_compare(engine, cache, prompt, None)
     return _reading(engine, "PyTorch SDPA", "sdpa", seconds, logits, answer, speed, 1.0)
 
 
@@ -153,8 +159,8 @@ class _Reader:
             self._service.client, self._engine.model, methods=self._methods, method=variant.method
         )
         title = f"Prefill, {variant.label}"
-        with progress.Progress(title, self._prompt.head.shape[1], "tokens") as bar:
-            _prefill(self._engine, cache, self._prompt.head, bar)
+        with progress.Progress(title, self._prompt.prefilled.shape[1], "tokens") as bar:
+            _prefill(self._engine, cache, self._prompt.prefilled, bar)
             return cache, bar.seconds
 
     def read(self, variant: variants.Variant, reference: Reading) -> Reading:
@@ -169,7 +175,7 @@ class _Reader:
             cache, seconds = self._filled(variant)
         with cache:
             before = self._service.tokens_read()
-            logits, answer, speed = _question_and_answer(
+            logits, answer, speed = _answer_and_compare(
                 self._engine, cache, self._prompt, reference.answer_ids
             )
             fraction = self._service.tokens_read().fraction_since(before)
@@ -249,7 +255,7 @@ def run(engine: Engine, service: Service, verses: list[str], quick: bool) -> dic
     hidden = {"logits", "answer_ids"}
     return {
         "prompt_tokens": prompt.ids.shape[1],
-        "prefill_tokens": prompt.head.shape[1],
+        "prefill_tokens": prompt.prefilled.shape[1],
         "compared_positions": len(reference.logits),
         "fact": _FACT,
         "fact_depth": _FACT_DEPTH,

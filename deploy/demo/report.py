@@ -105,8 +105,8 @@ def _reading(reading: dict) -> str:
 {table}
 <p>Top-1 and KL compare the distributions of the next token with those of the model's own attention (PyTorch
 SDPA, {_text(reading["dtype"])}), at the same {reading["compared_positions"]} positions: the prompt's last tokens
-and the reference's answer, fed one by one. A dash under prefill: the method decodes from a copy-on-write fork of
-the dense prefill. “Keys read” counts decode steps. “Prefill too” runs a method sparse where it was not made for
+and the reference's answer, fed one by one. A dash under prefill: the method answers from a copy-on-write fork of
+the dense prefill of the prompt. “Keys read” counts decode steps. “Prefill too” runs a method sparse where it was not made for
 that; MoBA is made for models that were trained with it.</p></section>"""
 
 
