@@ -134,11 +134,12 @@ class ContextService final : public RawContextService {
   template <class Call>
   static Coordinator::ContextDone answer_context(Call& call) {
     return [&call](StatusOr<v1::Context> context) {
-      if (context.ok()) {
+      const Status status = context.status();
+      if (status.ok()) {
         call.set_context_id(context->context_id());
         *call.response().mutable_context() = *std::move(context);
       }
-      call.finish(context.status());
+      call.finish(status);
     };
   }
 

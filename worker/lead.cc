@@ -153,17 +153,18 @@ void Lead::push_task(JobKind kind,
   }
 }
 
-void Lead::begin_append(ContextRef context,
+void Lead::begin_append(const ContextRef& context,
                         AppendSession session,
                         CallTerms terms,
                         StatusDone done) {
-  auto task = [this, context, session, terms, done = std::move(done)](Status status) mutable {
-    done(status.ok() ? run_begin_append(context, session, terms) : status);
-  };
+  auto task =
+      [this, context, session, terms, done = std::move(done)](const Status& status) mutable {
+        done(status.ok() ? run_begin_append(context, session, terms) : status);
+      };
   push_task(JobKind::kControl, context, kWholeContext, terms, 0, false, std::move(task));
 }
 
-void Lead::write(ContextRef context,
+void Lead::write(const ContextRef& context,
                  AppendSession session,
                  const DecodedWrite& write,
                  CallTerms terms,
@@ -172,14 +173,18 @@ void Lead::write(ContextRef context,
   const int64_t num_bytes = write.num_rows * shape.num_kv_heads *
                             (shape.key_dim + shape.value_dim) *
                             static_cast<int64_t>(size_of(write.key.dtype));
-  auto task = [this, context, session, write, done = std::move(done)](Status status) mutable {
-    done(status.ok() ? run_write(context, session, write) : status);
-  };
+  auto task =
+      [this, context, session, write, done = std::move(done)](const Status& status) mutable {
+        done(status.ok() ? run_write(context, session, write) : status);
+      };
   push_task(JobKind::kBulk, context, write.layer, terms, num_bytes, false, std::move(task));
 }
 
-void Lead::commit(ContextRef context, AppendSession session, CallTerms terms, StateDone done) {
-  auto task = [this, context, session, done = std::move(done)](Status status) mutable {
+void Lead::commit(const ContextRef& context,
+                  AppendSession session,
+                  CallTerms terms,
+                  StateDone done) {
+  auto task = [this, context, session, done = std::move(done)](const Status& status) mutable {
     if (status.ok()) {
       done(run_commit(context, session));
     } else {
@@ -189,8 +194,8 @@ void Lead::commit(ContextRef context, AppendSession session, CallTerms terms, St
   push_task(JobKind::kControl, context, kWholeContext, terms, 0, false, std::move(task));
 }
 
-void Lead::roll_back(ContextRef context, AppendSession session, StatusDone done) {
-  auto task = [this, context, session, done = std::move(done)](Status status) mutable {
+void Lead::roll_back(const ContextRef& context, AppendSession session, StatusDone done) {
+  auto task = [this, context, session, done = std::move(done)](const Status& status) mutable {
     done(status.ok() ? run_roll_back(context, session) : status);
   };
   push_task(JobKind::kControl, context, kWholeContext, {}, 0, true, std::move(task));
@@ -204,7 +209,7 @@ void Lead::create(std::string context_id,
                context_id = std::move(context_id),
                shape = std::move(shape),
                default_method,
-               done = std::move(done)](Status status) mutable {
+               done = std::move(done)](const Status& status) mutable {
     if (status.ok()) {
       done(run_create(std::move(context_id), std::move(shape), default_method));
     } else {
@@ -214,11 +219,14 @@ void Lead::create(std::string context_id,
   push_task(JobKind::kControl, nullptr, kWholeContext, {}, 0, false, std::move(task));
 }
 
-void Lead::fork(
-    ContextRef parent, std::string child_id, int64_t num_tokens, CallTerms terms, StateDone done) {
+void Lead::fork(const ContextRef& parent,
+                std::string child_id,
+                int64_t num_tokens,
+                CallTerms terms,
+                StateDone done) {
   auto task =
       [this, parent, child_id = std::move(child_id), num_tokens, terms, done = std::move(done)](
-          Status status) mutable {
+          const Status& status) mutable {
         if (status.ok()) {
           done(run_fork(parent, child_id, num_tokens, terms));
         } else {
@@ -228,19 +236,23 @@ void Lead::fork(
   push_task(JobKind::kControl, parent, kWholeContext, terms, 0, false, std::move(task));
 }
 
-void Lead::truncate(ContextRef context, int64_t num_tokens, CallTerms terms, StateDone done) {
-  auto task = [this, context, num_tokens, terms, done = std::move(done)](Status status) mutable {
-    if (status.ok()) {
-      done(run_truncate(context, num_tokens, terms));
-    } else {
-      done(status);
-    }
-  };
+void Lead::truncate(const ContextRef& context,
+                    int64_t num_tokens,
+                    CallTerms terms,
+                    StateDone done) {
+  auto task =
+      [this, context, num_tokens, terms, done = std::move(done)](const Status& status) mutable {
+        if (status.ok()) {
+          done(run_truncate(context, num_tokens, terms));
+        } else {
+          done(status);
+        }
+      };
   push_task(JobKind::kControl, context, kWholeContext, terms, 0, false, std::move(task));
 }
 
-void Lead::remove(ContextRef context, CallTerms terms, StateDone done) {
-  auto task = [this, context, terms, done = std::move(done)](Status status) mutable {
+void Lead::remove(const ContextRef& context, CallTerms terms, StateDone done) {
+  auto task = [this, context, terms, done = std::move(done)](const Status& status) mutable {
     if (status.ok()) {
       done(run_remove(context, terms));
     } else {
@@ -251,30 +263,30 @@ void Lead::remove(ContextRef context, CallTerms terms, StateDone done) {
 }
 
 void Lead::describe(std::vector<std::string> context_ids, ListDone done) {
-  auto task =
-      [this, context_ids = std::move(context_ids), done = std::move(done)](Status status) mutable {
-        if (!status.ok()) {
-          done(status);
-          return;
-        }
-        std::vector<ContextState> states;
-        for (const std::string& id : context_ids) {
-          const ContextRef context = look_up(id);
-          if (context == nullptr) {
-            continue;
-          }
-          ContextState state = state_of(entries_.at(context->handle()));
-          const StatusOr<ContextUsage> usage = group_->usage(context->handle());
-          if (!usage.ok()) {
-            done(usage.status());
-            return;
-          }
-          state.kv_bytes = usage->kv_bytes;
-          state.summary_bytes = usage->summary_bytes;
-          states.push_back(std::move(state));
-        }
-        done(std::move(states));
-      };
+  auto task = [this, context_ids = std::move(context_ids), done = std::move(done)](
+                  const Status& status) mutable {
+    if (!status.ok()) {
+      done(status);
+      return;
+    }
+    std::vector<ContextState> states;
+    for (const std::string& id : context_ids) {
+      const ContextRef context = look_up(id);
+      if (context == nullptr) {
+        continue;
+      }
+      ContextState state = state_of(entries_.at(context->handle()));
+      const StatusOr<ContextUsage> usage = group_->usage(context->handle());
+      if (!usage.ok()) {
+        done(usage.status());
+        return;
+      }
+      state.kv_bytes = usage->kv_bytes;
+      state.summary_bytes = usage->summary_bytes;
+      states.push_back(std::move(state));
+    }
+    done(std::move(states));
+  };
   push_task(JobKind::kControl, nullptr, kWholeContext, {}, 0, false, std::move(task));
 }
 

@@ -79,21 +79,27 @@ class Lead {
   // An append session stages its writes; others see them after `commit`, all at once. A context has
   // one at a time (ABORTED otherwise). Each is ended by commit or roll_back.
   AppendSession new_append_session() { return next_session_.fetch_add(1); }
-  void begin_append(ContextRef context, AppendSession session, CallTerms terms, StatusDone done);
-  void write(ContextRef context,
+  void begin_append(const ContextRef& context,
+                    AppendSession session,
+                    CallTerms terms,
+                    StatusDone done);
+  void write(const ContextRef& context,
              AppendSession session,
              const DecodedWrite& write,
              CallTerms terms,
              StatusDone done);
-  void commit(ContextRef context, AppendSession session, CallTerms terms, StateDone done);
-  void roll_back(ContextRef context, AppendSession session, StatusDone done);
+  void commit(const ContextRef& context, AppendSession session, CallTerms terms, StateDone done);
+  void roll_back(const ContextRef& context, AppendSession session, StatusDone done);
 
   void create(std::string context_id, ContextShape shape, size_t default_method, StateDone done);
-  void fork(
-      ContextRef parent, std::string child_id, int64_t num_tokens, CallTerms terms, StateDone done);
-  void truncate(ContextRef context, int64_t num_tokens, CallTerms terms, StateDone done);
+  void fork(const ContextRef& parent,
+            std::string child_id,
+            int64_t num_tokens,
+            CallTerms terms,
+            StateDone done);
+  void truncate(const ContextRef& context, int64_t num_tokens, CallTerms terms, StateDone done);
   // Brings the last state.
-  void remove(ContextRef context, CallTerms terms, StateDone done);
+  void remove(const ContextRef& context, CallTerms terms, StateDone done);
   // The contexts of these names; unknown ones are left out.
   void describe(std::vector<std::string> context_ids, ListDone done);
 

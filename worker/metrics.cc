@@ -15,8 +15,8 @@ namespace {
 constexpr char kTenant[] = "default";
 constexpr char kTransport[] = "in_process";
 const std::string& other_policy() {
-  static const std::string other = "other";
-  return other;
+  static const std::string kOther = "other";
+  return kOther;
 }
 
 prometheus::Histogram::BucketBoundaries recall_buckets() {
