@@ -150,9 +150,11 @@ def _check_against_torch(haystack, rows, dense: _Measured, budgets) -> dict:
 
 
 def _latency_methods(quick: bool) -> list[variants.Variant]:
-    families = variants.million_families(quick)
-    searching = [variants.million_variant(name, variants.DEFAULT_BUDGET) for name in families]
-    return [variants.Variant("dense", "dense", variants.shipped("dense")), *searching]
+    """As shipped, in all layers."""
+    return [
+        variants.Variant(name, name, variants.everywhere(variants.shipped(name)))
+        for name in ["dense", *variants.million_families(quick)]
+    ]
 
 
 def _measure_latency(context, haystack, sizes: Sizes, quick: bool) -> list[dict]:
@@ -176,7 +178,6 @@ def _measure_latency(context, haystack, sizes: Sizes, quick: bool) -> list[dict]
                 figures.append(
                     {
                         "family": variant.family,
-                        "budget_tokens": variant.budget_tokens,
                         "context_tokens": length,
                         **_percentiles(warm),
                     }
@@ -189,7 +190,7 @@ def _measure_latency(context, haystack, sizes: Sizes, quick: bool) -> list[dict]
         strict=True,
     ):
         figures.append(
-            {"family": "sdpa", "budget_tokens": 0, "context_tokens": length, **_percentiles(seconds)}
+            {"family": "sdpa", "context_tokens": length, **_percentiles(seconds)}
         )
     return figures
 

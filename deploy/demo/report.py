@@ -158,8 +158,8 @@ lie upon the near ones. {million["kv_bytes"] / 2**30:.2f} GiB of keys and values
 {check["error_max"]:.1e}, log-sum-exp within {check["lse_difference_max"]:.1e}.</p></section>
 <section><h2>Latency against context length</h2>
 {_figure(charts.latency(million["latency"]),
-         "One query through gRPC from Python, one layer a call, on forks of the same context; searching methods read "
-         "2,048 tokens. PyTorch's own attention runs in the client's process, without a service.")}
+         "One query through gRPC from Python, one layer a call, on forks of the same context; methods as shipped. "
+         "PyTorch's own attention runs in the client's process, without a service.")}
 {_figure(charts.trade(million["accuracy"], dense),
          f"What accuracy costs at {million['context_tokens']:,} tokens: each mark is one budget.")}</section>
 <section><h2>What each head selected</h2>
