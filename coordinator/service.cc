@@ -75,10 +75,11 @@ class ContextService final : public RawContextService {
         context, request, response, "ListContexts", [this](auto& call) {
           environment_.coordinator.list(call.request(),
                                         [&call](StatusOr<v1::ListContextsResponse> listed) {
-                                          if (listed.ok()) {
+                                          const Status status = listed.status();
+                                          if (status.ok()) {
                                             call.response() = *std::move(listed);
                                           }
-                                          call.finish(listed.status());
+                                          call.finish(status);
                                         });
         });
   }

@@ -137,7 +137,7 @@ class EmbeddedServer {
   EmbeddedServer(const ServeConfig& config,
                  std::unique_ptr<Group> group,
                  std::unique_ptr<Backend> backend,
-                 std::vector<v1::Method> methods);
+                 const std::vector<v1::Method>& methods);
 
   static std::set<std::string> names_of(const std::vector<v1::Method>& methods);
   ServerTerms terms() const;
@@ -184,7 +184,7 @@ std::set<std::string> EmbeddedServer::names_of(const std::vector<v1::Method>& me
 EmbeddedServer::EmbeddedServer(const ServeConfig& config,
                                std::unique_ptr<Group> group,
                                std::unique_ptr<Backend> backend,
-                               std::vector<v1::Method> methods)
+                               const std::vector<v1::Method>& methods)
     : config_(config),
       backend_(std::move(backend)),
       backend_detail_(group->backend_detail()),
@@ -217,12 +217,12 @@ EmbeddedServer::EmbeddedServer(const ServeConfig& config,
       server_service_(make_server_service(control_)) {}
 
 StatusOr<std::unique_ptr<EmbeddedServer>> EmbeddedServer::start(const ServeConfig& config) {
-  LONGSPAN_ASSIGN_OR_RETURN(std::vector<v1::Method> methods, shipped_methods(config));
+  LONGSPAN_ASSIGN_OR_RETURN(const std::vector<v1::Method> methods, shipped_methods(config));
   LONGSPAN_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, make_backend(config.backend, {}));
   LONGSPAN_ASSIGN_OR_RETURN(std::unique_ptr<Group> group,
                             Group::start_in_process(group_options_of(config)));
   std::unique_ptr<EmbeddedServer> server(
-      new EmbeddedServer(config, std::move(group), std::move(backend), std::move(methods)));
+      new EmbeddedServer(config, std::move(group), std::move(backend), methods));
   LONGSPAN_RETURN_IF_ERROR(server->expose());
   LONGSPAN_RETURN_IF_ERROR(server->listen());
   server->housekeeper_ = std::jthread(

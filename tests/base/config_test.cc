@@ -33,7 +33,7 @@ struct Settings {
 class ConfigTest : public testing::Test {
  protected:
   std::string write_file(const std::string& text) const {
-    const std::string path = testing::TempDir() + "/config_test.conf";
+    std::string path = testing::TempDir() + "/config_test.conf";
     std::ofstream(path) << text;
     return path;
   }
@@ -44,6 +44,7 @@ class ConfigTest : public testing::Test {
 
 std::vector<std::string> places(const std::vector<ConfigError>& errors) {
   std::vector<std::string> found;
+  found.reserve(errors.size());
   for (const ConfigError& error : errors) {
     found.push_back(error.where);
   }

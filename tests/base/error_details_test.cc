@@ -11,7 +11,6 @@
 namespace longspan {
 namespace {
 
-using testing::ElementsAre;
 using testing::HasSubstr;
 
 template <class Detail>
@@ -92,6 +91,7 @@ TEST(ErrorDetails, SurvivesTheWayThere) {
 
 TEST(ErrorDetails, FitsTheHeadersHoweverMuchIsWrong) {
   std::vector<FieldError> violations;
+  violations.reserve(10'000);
   for (int i = 0; i < 10'000; ++i) {
     violations.push_back({absl::StrCat("branches[", i, "]"), std::string(300, 'x')});
   }

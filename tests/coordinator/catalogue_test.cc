@@ -127,6 +127,7 @@ TEST_F(CatalogueTest, ListsByIdAfterAnId) {
   }
   const auto ids = [](const std::vector<const ContextRecord*>& records) {
     std::vector<std::string> found;
+    found.reserve(records.size());
     for (const ContextRecord* record : records) {
       found.push_back(record->context_id);
     }

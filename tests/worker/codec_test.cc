@@ -25,6 +25,7 @@ using testing::UnorderedElementsAre;
 
 std::vector<std::string> fields(const std::vector<FieldError>& errors) {
   std::vector<std::string> found;
+  found.reserve(errors.size());
   for (const FieldError& error : errors) {
     found.push_back(error.field);
   }

@@ -78,6 +78,7 @@ TEST_F(JobQueueTest, KindsTakeTurns) {
     ASSERT_TRUE(push("bulk", kBulk, 3, 0).ok());
   }
   std::vector<std::string> order;
+  order.reserve(6);
   for (int i = 0; i < 6; ++i) {
     order.push_back(next().front());
   }

@@ -126,7 +126,7 @@ class LeadTest : public testing::Test {
     group_ = group.get();
     lead_ = std::make_unique<Lead>(std::move(group), JobQueueLimits{}, metrics_);
   }
-  ~LeadTest() override { group_->release(); }
+  void TearDown() override { group_->release(); }
 
   ContextRef create(const std::string& id, int num_layers = 2) {
     ContextShape shape;
