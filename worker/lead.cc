@@ -384,16 +384,18 @@ void Lead::finish_item(AttendJob& job, AttendResult result) {
   const AttendItem& item = job.call.item;
   Entry& entry = entries_.at(item.context);
   if (item.key.data != nullptr) {
-    int64_t& length = entry.layer_lengths[static_cast<size_t>(item.layer)];
-    const int64_t before = length;
+    const auto layer = static_cast<size_t>(item.layer);
+    const int64_t before = entry.layer_lengths[layer];
     if (result.status.ok()) {
-      length = result.layer_length;
+      entry.layer_lengths[layer] = result.layer_length;
     } else if (const Status status = reload_lengths(entry); !status.ok()) {
       result.status = status;
     }
-    if (length != before) {
+    // Read anew: reloading replaces the lengths.
+    const int64_t after = entry.layer_lengths[layer];
+    if (after != before) {
       ++entry.generation;
-      metrics_.appended(length - before);
+      metrics_.appended(after - before);
     }
   }
   if (result.status.ok()) {
