@@ -200,18 +200,27 @@ def _binned(heads: list[dict], begin: int, end: int, num_bins: int) -> numpy.nda
     return mass
 
 
+def _eighths(begin: int, end: int) -> tuple[list[float], list[str]]:
+    """Ticks that cut a range into eight parts, and their texts."""
+    ticks = [begin + (end - begin) * part / 8 for part in range(9)]
+    return ticks, [("−" if tick < 0 else "") + tokens_text(abs(tick)) for tick in ticks]
+
+
 def selection_map(selection: dict, window_tokens: int) -> str:
     """Which tokens each head of each layer chose: over the whole context, and in its newest window."""
     heads = sorted(selection["heads"], key=lambda head: (head["layer"], head["head"]))
     end = selection["position"] + 1
-    panels = [(0, end, 512, "The whole context"), (max(0, end - window_tokens), end, 256, "")]
-    panels[1] = (*panels[1][:3], f"The newest {tokens_text(end - panels[1][0])} of it")
+    newest = max(0, end - window_tokens)
+    panels = [
+        (0, end, 512, "The whole context", 0, "position in the context (tokens)"),
+        (newest, end, 256, f"Its newest {tokens_text(end - newest)}", end, "position before the query (tokens)"),
+    ]
     figure, all_axes = plt.subplots(
         1, 2, figsize=(13.2, 5.2), sharey=True, width_ratios=[2, 1], layout="constrained"
     )
     colors = plt.get_cmap("viridis_r").copy()
     colors.set_bad("#f1f1f1")
-    for axes, (begin, stop, num_bins, title) in zip(all_axes, panels, strict=True):
+    for axes, (begin, stop, num_bins, title, origin, label) in zip(all_axes, panels, strict=True):
         mass = numpy.maximum(_binned(heads, begin, stop, num_bins), _MASS_FLOOR)
         image = axes.imshow(
             mass,
@@ -219,12 +228,12 @@ def selection_map(selection: dict, window_tokens: int) -> str:
             interpolation="none",
             cmap=colors,
             norm=LogNorm(_MASS_FLOOR, 1.0),
-            extent=(begin, stop, len(heads) - 0.5, -0.5),
+            extent=(begin - origin, stop - origin, len(heads) - 0.5, -0.5),
         )
         axes.set_title(title)
-        axes.set_xlabel("position in the context (tokens)")
+        axes.set_xlabel(label)
         axes.grid(visible=False)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:,.0f}K"))
+        axes.set_xticks(*_eighths(begin - origin, stop - origin))
         layers = [head["layer"] for head in heads]
         for row in range(1, len(heads)):
             if layers[row] != layers[row - 1]:

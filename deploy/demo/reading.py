@@ -200,8 +200,8 @@ class _Reader:
 
 def _compared(reading: Reading, reference: Reading) -> Reading:
     """Fills the agreement of the next-token distributions with the reference's."""
-    expected = reference.logits.log_softmax(-1)
-    found = reading.logits.log_softmax(-1)
+    expected = reference.logits.double().log_softmax(-1)
+    found = reading.logits.double().log_softmax(-1)
     reading.top1_agreement = float((expected.argmax(-1) == found.argmax(-1)).double().mean())
     reading.kl_nats = float((expected.exp() * (expected - found)).sum(-1).mean())
     return reading
