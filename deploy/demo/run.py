@@ -3,6 +3,8 @@
 import argparse
 import datetime
 import pathlib
+import signal
+import sys
 import time
 
 import engine
@@ -28,6 +30,8 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
+    # As an exception, so that the server ends with the job.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     start = time.monotonic()
     seconds = {}
 
