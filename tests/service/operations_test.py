@@ -207,8 +207,9 @@ def test_expired_work_never_runs(start, connect, rng):
     process = start("--threads-per-rank", 1)
     stubs = connect(process.address)
     context_id = busy_context(stubs, rng)
-    slow = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(40)])
+    slow = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(120)])
     ongoing = stubs.attention.Decode.future(slow, timeout=100)
+    eventually(lambda: inflight(process) == 1)
     rows = numpy.ones((1, 2, 64), numpy.float32)
     write = item(
         context_id, query_of(rng), start_pos=32768, key=fp32(rows), value=fp32(rows)
