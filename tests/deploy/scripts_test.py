@@ -64,6 +64,55 @@ def test_failed_step_shows_why_and_stops():
     assert "the reason" in result.stdout and "not reached" not in result.stdout
 
 
+RESULTS = """<?xml version="1.0" encoding="UTF-8"?>
+<testsuite name="Linux-c++"
+\ttests="5"
+\tfailures="1"
+\tdisabled="0"
+\tskipped="1"
+\thostname="x"
+\t>
+\t<testcase name="worker.bad" classname="worker.bad" time="0.1" status="fail">
+\t</testcase>
+\t<testcase name="worker.good" classname="worker.good" time="0.1" status="run"/>
+</testsuite>
+"""
+
+
+def totals_of(results, exit_code):
+    """The totals after a ctest that wrote these results and exited with this code."""
+    script = f"""
+        source tests/run
+        log_folder_of_this_test=$log_folder
+        ctest() {{
+          cat >"$log_folder_of_this_test/tests-pretended.xml" <<'XML'
+{results}
+XML
+          return {exit_code}
+        }}
+        run_tests pretended
+        echo "$passed $failed $skipped: ${{failures[*]-}}"
+    """
+    result = run("bash", "-c", script)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def test_results_are_counted():
+    assert totals_of(RESULTS, 8) == "3 1 1: worker.bad (pretended)"
+
+
+def test_results_without_failures():
+    fine = RESULTS.replace('failures="1"', 'failures="0"').replace('status="fail"', 'status="run"')
+    assert totals_of(fine, 0) == "4 0 1: "
+    # Something else went wrong, for example a test whose program is missing.
+    assert totals_of(fine, 8) == "4 1 1: tests of preset pretended: ctest exited with 8"
+
+
+def test_missing_results_are_a_failure():
+    assert totals_of("", 1) == "0 1 0: tests of preset pretended: ctest wrote no results"
+
+
 def test_python_must_be_usable():
     result = shell("LONGSPAN_PYTHON=/bin/false find_python")
     assert result.returncode == 0
