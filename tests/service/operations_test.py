@@ -204,7 +204,7 @@ def slow_item(context_id, rng):
 
 def test_expired_work_never_runs(start, connect, rng):
     """Queued behind a long step with a short deadline, a write has no effect."""
-    process = start("--threads-per-rank", 1)
+    process = start("--threads-per-rank", 1, "--lease-check-interval", "10ms")
     stubs = connect(process.address)
     context_id = busy_context(stubs, rng)
     slow = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(120)])
