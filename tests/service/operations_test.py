@@ -192,9 +192,12 @@ def test_one_json_line_a_request(start, connect):
     assert all(line["duration_ms"] > 0 for line in requests)
 
 
-def busy_context(stubs, rng, num_tokens=32768):
+BUSY_TOKENS = 16384
+
+
+def busy_context(stubs, rng):
     made = stubs.create(context_id="busy")
-    stubs.fill(rng, made.context_id, num_tokens)
+    stubs.fill(rng, made.context_id, BUSY_TOKENS)
     return made.context_id
 
 
@@ -207,25 +210,25 @@ def test_expired_work_never_runs(start, connect, rng):
     process = start("--threads-per-rank", 1, "--lease-check-interval", "10ms")
     stubs = connect(process.address)
     context_id = busy_context(stubs, rng)
-    slow = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(120)])
+    slow = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(40)])
     ongoing = stubs.attention.Decode.future(slow, timeout=100)
-    eventually(lambda: inflight(process) == 1)
+    eventually(lambda: value_of(scrape(process), "longspan_queue_depth", op="decode") > 0)
     rows = numpy.ones((1, 2, 64), numpy.float32)
     write = item(
-        context_id, query_of(rng), start_pos=32768, key=fp32(rows), value=fp32(rows)
+        context_id, query_of(rng), start_pos=BUSY_TOKENS, key=fp32(rows), value=fp32(rows)
     )
     with pytest.raises(grpc.RpcError) as error:
         stubs.attention.Decode(attention.DecodeRequest(items=[write]), timeout=0.002)
     assert error.value.code() == Code.DEADLINE_EXCEEDED
     assert not any(result.HasField("status") for result in ongoing.result(100).results)
-    assert list(stubs.get(context_id).layer_lengths) == [32768, 32768]
+    assert list(stubs.get(context_id).layer_lengths) == [BUSY_TOKENS] * 2
 
 
 def test_a_deadline_of_the_server_applies_where_the_caller_gives_none(start, connect, rng):
     process = start("--threads-per-rank", 1, "--decode-deadline", "20ms")
     stubs = connect(process.address)
     context_id = busy_context(stubs, rng)
-    request = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(60)])
+    request = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(30)])
     results = stubs.attention.Decode(request).results
     late = [result for result in results if result.HasField("status")]
     assert late and all(
@@ -260,7 +263,7 @@ def test_while_it_drains_a_server_refuses_and_is_not_healthy(start, connect, rng
     process = start("--threads-per-rank", 1, "--drain-timeout", "60s")
     stubs = connect(process.address)
     context_id = busy_context(stubs, rng)
-    request = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(60)])
+    request = attention.DecodeRequest(items=[slow_item(context_id, rng) for _ in range(30)])
     health = health_pb2_grpc.HealthStub(stubs.channel)
     watch = health.Watch(health_pb2.HealthCheckRequest(service="longspan.v1.AttentionService"))
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
