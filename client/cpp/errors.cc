@@ -88,8 +88,7 @@ std::vector<FieldViolation> quota_violations(const Status& status) {
 }
 
 bool is_retryable(const Status& status) {
-  return absl::IsUnavailable(status) ||
-         (absl::IsResourceExhausted(status) && retry_delay(status).has_value());
+  return absl::IsUnavailable(status) || retry_delay(status).has_value();
 }
 
 }  // namespace longspan::client

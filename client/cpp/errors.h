@@ -35,7 +35,8 @@ std::vector<FieldViolation> field_violations(const Status& status);
 // Which quota was exceeded, and why.
 std::vector<FieldViolation> quota_violations(const Status& status);
 
-// Whether the same call may succeed later. Every call of the service is safe to repeat.
+// Whether the same call may succeed later: the server is away, or says how long to wait. Every call
+// of the service is safe to repeat.
 bool is_retryable(const Status& status);
 
 }  // namespace longspan::client

@@ -61,10 +61,9 @@ class Error(Exception):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same call may succeed later: every call of the service is safe to repeat."""
-        if self.code == grpc.StatusCode.UNAVAILABLE:
-            return True
-        return self.code == grpc.StatusCode.RESOURCE_EXHAUSTED and self.retry_delay is not None
+        """Whether the same call may succeed later: the server is away, or says how long to wait.
+        Every call of the service is safe to repeat."""
+        return self.code == grpc.StatusCode.UNAVAILABLE or self.retry_delay is not None
 
 
 def from_rpc_error(failure: grpc.RpcError) -> Error:
