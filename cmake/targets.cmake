@@ -24,7 +24,7 @@ if(LONGSPAN_SANITIZE)
   # Without recovery, so that undefined behaviour fails a test instead of printing a line in it.
   # GCC 12 finds uninitialised members in its own <regex> when it instruments it.
   add_compile_options(-fsanitize=${LONGSPAN_SANITIZE_FLAG} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
-                      -Wno-maybe-uninitialized)
+                      $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   add_link_options(-fsanitize=${LONGSPAN_SANITIZE_FLAG})
   if("thread" IN_LIST LONGSPAN_SANITIZE)
     # Protobuf's headers add members to its map fields under this macro, but the distribution's library is built without
