@@ -21,7 +21,7 @@ struct ServeConfig {
   int64_t threads_per_rank = 0;  // 0: the machine's cores shared among the ranks
   int64_t kv_capacity = int64_t{4} << 30;
   std::string methods_dir;  // empty: the one that this build knows
-  std::string default_method = "dense";
+  std::string default_method = "block_topk";
 
   std::string log_level = "info";
   std::string log_format = "text";

@@ -85,7 +85,7 @@ def harvest(
     newest = [stored(layer.key[SINK_TOKENS:], layer.value[SINK_TOKENS:]) for layer in rows]
     queries = [layer.query[SINK_TOKENS:].float() for layer in rows]
     windows = []
-    with progress.Progress("Windows through the model", wanted, "windows") as bar:
+    with progress.Progress("Windows through the model", wanted, "windows", seconds) as bar:
         while len(windows) < wanted and (bar.seconds < seconds or len(windows) < 2):
             begin = SINK_TOKENS + len(windows) * step
             windows.append(
@@ -94,7 +94,7 @@ def harvest(
                     for layer in read(ids[begin : begin + step])
                 ]
             )
-            bar.advance(note=f"of at most {seconds:.0f} s")
+            bar.advance()
         taken = bar.seconds
     return Haystack(layers, num_tokens, window, sink, windows, newest, queries, taken)
 

@@ -27,10 +27,12 @@ def table(header: list[str], rows: list[list[str]]) -> None:
 
 
 class Progress:
-    """How far a piece of work is: `with Progress("Filling", 128, "windows") as bar: bar.advance()`."""
+    """How far a piece of work is: `with Progress("Filling", 128, "windows") as bar: bar.advance()`.
+    Work with a `limit`, in seconds, ends there, done or not."""
 
-    def __init__(self, title: str, total: float, unit: str):
+    def __init__(self, title: str, total: float, unit: str, limit: float = float("inf")):
         self.title = title
+        self.limit = limit
         self.total = total
         self.unit = unit
         self.done = 0.0
@@ -61,7 +63,8 @@ class Progress:
         self._last = now
         line = f"  {self.title} {self._bar()} {self._amount()}, {self.seconds:.0f} s"
         if 0 < self.done < self.total:
-            line += f", {self.seconds * (self.total / self.done - 1):.0f} s left"
+            whole = min(self.seconds * self.total / self.done, self.limit)
+            line += f", {max(0.0, whole - self.seconds):.0f} s left"
         if note:
             line += f" ({note})"
         if self._terminal:

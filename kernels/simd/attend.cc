@@ -167,12 +167,12 @@ Status Attention::run() {
   machine_.pool.run(num_tasks, [this](int64_t index, int thread) {
     attend_task(tasks_[static_cast<size_t>(index)], thread);
   });
-  machine_.pool.run(num_tasks, [this](int64_t index, int /*thread*/) {
-    const Task& task = tasks_[static_cast<size_t>(index)];
+  // Only decode has parts, and too few for waking the threads again to pay.
+  for (const Task& task : tasks_) {
     if (task.num_parts > 1 && task.part == 0) {
       merge_parts(task);
     }
-  });
+  }
   return absl::OkStatus();
 }
 
