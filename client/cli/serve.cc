@@ -41,6 +41,8 @@ namespace longspan {
 namespace {
 
 constexpr char kDataPlane[] = "longspan.v1.AttentionService";
+constexpr char kDenseMethod[] = "dense";
+constexpr char kSparseMethod[] = "block_topk";
 // What gRPC may hold beside the queue: messages that are being read or written.
 constexpr int64_t kTransportBytes = int64_t{1} << 30;
 constexpr uint32_t kMaxPageSize = 1000;
@@ -78,24 +80,33 @@ GroupOptions group_options_of(const ServeConfig& config) {
   return options;
 }
 
+bool has_method(const std::vector<v1::Method>& methods, const std::string& name) {
+  return std::any_of(methods.begin(), methods.end(), [&name](const v1::Method& method) {
+    return method.name() == name;
+  });
+}
+
 // The methods of the directory, and dense, which every server has.
 StatusOr<std::vector<v1::Method>> shipped_methods(const ServeConfig& config) {
   const std::string directory =
       config.methods_dir.empty() ? LONGSPAN_METHODS_DIR : config.methods_dir;
   LONGSPAN_ASSIGN_OR_RETURN(std::vector<v1::Method> methods, load_methods(directory));
-  const auto has = [&methods](const std::string& name) {
-    return std::any_of(methods.begin(), methods.end(), [&name](const v1::Method& method) {
-      return method.name() == name;
-    });
-  };
-  if (!has("dense")) {
+  if (!has_method(methods, kDenseMethod)) {
     methods.insert(methods.begin(), encode_dense_method());
   }
-  if (!has(config.default_method)) {
+  if (!config.default_method.empty() && !has_method(methods, config.default_method)) {
     return absl::InvalidArgumentError(
         absl::StrCat("default_method: ", directory, " has no \"", config.default_method, "\""));
   }
   return methods;
+}
+
+// The best of the curves in docs/performance.md, unless the operator has another opinion.
+std::string default_method(const ServeConfig& config, const std::vector<v1::Method>& methods) {
+  if (!config.default_method.empty()) {
+    return config.default_method;
+  }
+  return has_method(methods, kSparseMethod) ? kSparseMethod : kDenseMethod;
 }
 
 // Writes every request to the log and the metrics.
@@ -262,7 +273,7 @@ v1::GetCapabilitiesResponse EmbeddedServer::capabilities(
   message.set_page_tokens(kPageTokens);
   *message.mutable_limits() = limits_of(config_);
   message.mutable_methods()->Add(methods.begin(), methods.end());
-  message.set_default_method(config_.default_method);
+  message.set_default_method(default_method(config_, methods));
   return message;
 }
 

@@ -20,8 +20,8 @@ struct ServeConfig {
   std::string backend = "simd";
   int64_t threads_per_rank = 0;  // 0: the machine's cores shared among the ranks
   int64_t kv_capacity = int64_t{4} << 30;
-  std::string methods_dir;  // empty: the one that this build knows
-  std::string default_method = "block_topk";
+  std::string methods_dir;     // empty: the one that this build knows
+  std::string default_method;  // empty: block_topk where it is shipped, else dense
 
   std::string log_level = "info";
   std::string log_format = "text";

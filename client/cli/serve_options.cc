@@ -39,7 +39,8 @@ void add_placement(ServeConfig& config, Options& options) {
                      "Directory of the shipped methods, *.txtpb; empty: the built-in one"});
   options.push_back({"default_method",
                      &config.default_method,
-                     "Shipped method that clients are told to use unless they know better"});
+                     "Shipped method that clients are told to use unless they know better; empty: "
+                     "block_topk, or dense where that is not shipped"});
   options.push_back({.name = "log_level",
                      .target = &config.log_level,
                      .help = "Least severe lines that are logged",
