@@ -1,5 +1,5 @@
-// Where memory lives and work runs. Host only for now; device memory and streams join here with the
-// CUDA backend.
+// Where memory lives and work runs on the host, and the stream that a backend's calls are put on.
+// Device memory and streams are kernels/cuda/memory.h.
 #pragma once
 
 #include <cstddef>
@@ -50,7 +50,14 @@ class Buffer {
 class Stream {
  public:
   Stream() = default;
-  Status synchronize() { return absl::OkStatus(); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  virtual ~Stream() = default;
+
+  // Waits for all calls so far.
+  virtual Status synchronize() { return absl::OkStatus(); }
+  // The vendor's stream behind it; null on the host, and for the default stream of a device.
+  virtual void* native_handle() const { return nullptr; }
 };
 
 }  // namespace longspan

@@ -34,7 +34,10 @@ if(LONGSPAN_SANITIZE)
 endif()
 
 add_library(longspan_flags INTERFACE)
-target_compile_options(longspan_flags INTERFACE -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Werror)
+target_compile_options(longspan_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wshadow;-Wnon-virtual-dtor;-Werror>
+  # 177 is what one instance of a template leaves unused.
+  $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;--diag-suppress=177;-Xcompiler=-Wall,-Wextra>)
 target_include_directories(longspan_flags INTERFACE ${CMAKE_SOURCE_DIR})
 
 # longspan_library(name SOURCES ... HEADERS ... DEPENDS ...): headers must compile alone (target all_verify_interface_header_sets).

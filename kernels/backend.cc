@@ -5,6 +5,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 
+#ifdef LONGSPAN_CUDA
+#include "kernels/cuda/backend.h"
+#endif
 #include "kernels/reference/backend.h"
 #include "kernels/simd/backend.h"
 
@@ -19,6 +22,9 @@ struct Entry {
 constexpr Entry kBackends[] = {
     {"simd", make_simd_backend},
     {"reference", make_reference_backend},
+#ifdef LONGSPAN_CUDA
+    {"cuda", make_cuda_backend},
+#endif
 };
 
 }  // namespace

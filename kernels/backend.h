@@ -1,6 +1,7 @@
 // The interface that every backend implements: the four stages of the pipeline on one shard.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -26,6 +27,9 @@ struct BackendOptions {
   int num_threads = 1;  // for the rows of one call
 };
 
+// Where the arrays of a call lie: every pointer of its parameters, but for the specs.
+enum class BackendMemory : uint8_t { kHost, kDevice };
+
 // Thread-compatible: one engine thread calls it, with the stream of that thread. Arguments are
 // trusted (the caller has validated them); a Status reports what the machine could not do.
 class Backend {
@@ -38,6 +42,7 @@ class Backend {
   virtual std::string_view name() const = 0;
   // What run-time dispatch chose, for people: "AVX-512 BF16, 2 threads".
   virtual std::string detail() const = 0;
+  virtual BackendMemory memory() const { return BackendMemory::kHost; }
   // OK, or UNIMPLEMENTED with the reason.
   virtual Status supports(const Problem& problem) const = 0;
 
@@ -47,7 +52,7 @@ class Backend {
   virtual Status merge(const MergeParams& params, Stream& stream) = 0;
 };
 
-// "simd", "reference". NOT_FOUND lists the names that this build has.
+// "simd", "reference", "cuda" in a build with it. NOT_FOUND lists the names that this build has.
 StatusOr<std::unique_ptr<Backend>> make_backend(std::string_view name,
                                                 const BackendOptions& options);
 std::vector<std::string> backend_names();

@@ -9,12 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "base/status.h"
+#include "kernels/page.h"
 
 namespace longspan {
-
-// Tokens in a page, the unit of storage.
-inline constexpr int kPageTokens = 64;
 
 enum class SummaryKind : uint8_t { kNone, kMean, kMinMax, kCompressed };
 

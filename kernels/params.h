@@ -12,47 +12,9 @@
 
 #include "base/data_type.h"
 #include "kernels/method.h"
+#include "kernels/page.h"
 
 namespace longspan {
-
-// Entries (tokens, or summaries of them) in pages of 64. A page holds
-//   keys [G][64][D] at byte 0, then values [G][64][E] at byte `value_offset_bytes()`.
-// A kMean summary has keys only (E = 0); kMinMax keeps minima as keys and maxima as values (E = D).
-struct PagedView {
-  const std::byte* const* pages = nullptr;  // [ceil(num_entries / 64)]
-  int64_t num_entries = 0;
-  DataType dtype = DataType::kBFloat16;
-  int num_kv_heads = 0;
-  int key_dim = 0;
-  int value_dim = 0;
-
-  size_t value_offset_bytes() const { return element_bytes(key_dim); }
-  size_t page_bytes() const { return element_bytes(key_dim + value_dim); }
-  const std::byte* key(int64_t entry, int kv_head) const {
-    return pages[entry / kPageTokens] + row_bytes(entry, kv_head, key_dim);
-  }
-  const std::byte* value(int64_t entry, int kv_head) const {
-    return pages[entry / kPageTokens] + value_offset_bytes() + row_bytes(entry, kv_head, value_dim);
-  }
-
- private:
-  size_t element_bytes(int dim) const {
-    return static_cast<size_t>(num_kv_heads) * kPageTokens * static_cast<size_t>(dim) *
-           size_of(dtype);
-  }
-  size_t row_bytes(int64_t entry, int kv_head, int dim) const {
-    const auto row =
-        static_cast<size_t>(kv_head) * kPageTokens + static_cast<size_t>(entry % kPageTokens);
-    return row * static_cast<size_t>(dim) * size_of(dtype);
-  }
-};
-
-// Half-open, in entries of the view at hand.
-struct Span {
-  int64_t begin = 0;
-  int64_t end = 0;
-  bool operator==(const Span&) const = default;
-};
 
 // out entry (first_out + i), i in [0, num_entries): the summary of tokens [s, s + spec.span()) with
 // s = (first_entry + i) * spec.stride(), in positions of `tokens`. The pages of `out` are written.
@@ -116,7 +78,10 @@ struct SearchParams {
 // Exact attention of each row over its spans. A row without keys, or with logits of -inf only, has
 // out = 0 and lse = -inf; a NaN among the logits makes out and lse NaN.
 struct AttendParams {
-  const float* query = nullptr;        // [num_queries][H][D]
+  // [num_queries][H][D], of query_dtype behind the pointer. CPU backends take fp32 alone, for the
+  // query and the output.
+  const float* query = nullptr;
+  DataType query_dtype = DataType::kFloat32;
   const int64_t* row_query = nullptr;  // [T] index of the row's query; null: the row's own number
   int64_t num_rows = 0;                // T
   int num_query_heads = 0;             // H
@@ -131,7 +96,8 @@ struct AttendParams {
   float scale = 1.0F;
   float soft_cap = 0.0F;  // 0: none; otherwise logit = cap * tanh(logit / cap)
 
-  float* out = nullptr;  // [T][H][E]; null: only lse is wanted
+  float* out = nullptr;  // [T][H][E], of out_dtype behind the pointer; null: only lse is wanted
+  DataType out_dtype = DataType::kFloat32;
   float* lse = nullptr;  // [T][H], natural log
 };
 

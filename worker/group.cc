@@ -30,6 +30,10 @@ class InProcessGroup final : public Group {
       LONGSPAN_ASSIGN_OR_RETURN(
           std::unique_ptr<Backend> backend,
           make_backend(options.backend, {.num_threads = options.threads_per_rank}));
+      if (backend->memory() != BackendMemory::kHost) {
+        return absl::UnimplementedError(absl::StrCat(
+            "backend: ", options.backend, " works on device memory, a rank keeps host memory"));
+      }
       ranks_.push_back(
           std::make_unique<Rank>(static_cast<int>(i), *data_[i], std::move(backend), capacity));
     }

@@ -10,7 +10,11 @@ using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAre;
 
 TEST(Backends, AreMadeByName) {
+#ifdef LONGSPAN_CUDA
+  EXPECT_THAT(backend_names(), UnorderedElementsAre("cuda", "reference", "simd"));
+#else
   EXPECT_THAT(backend_names(), UnorderedElementsAre("reference", "simd"));
+#endif
   for (const std::string& name : backend_names()) {
     const auto backend = make_backend(name, {.num_threads = 2});
     ASSERT_TRUE(backend.ok()) << backend.status();

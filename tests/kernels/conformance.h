@@ -1,9 +1,11 @@
-// The conformance suite: each target of the simd backend against the reference backend.
+// The conformance suite: each target of the simd backend, and the CUDA backend in a build with it,
+// against the reference backend.
 #pragma once
 
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "gtest/gtest.h"
 
@@ -12,19 +14,32 @@
 #include "kernels/simd/backend.h"
 #include "tests/support/cases.h"
 #include "tests/support/compare.h"
+#ifdef LONGSPAN_CUDA
+#include "tests/support/cuda_backend.h"
+#endif
 
 namespace longspan::testing {
 
-// Parameter: the name of a target. Skips, saying so, where this machine does not run it.
+// Parameter: the name of a target of the simd backend, or "cuda". Skips, with the reason, where
+// this machine does not run it.
 class Conformance : public ::testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    if (!backend(1)->supports(Problem{.key_dim = 64, .value_dim = 64}).ok()) {
-      GTEST_SKIP() << "this machine does not run " << GetParam();
+    const Status status = backend(1)->supports(Problem{.key_dim = 64, .value_dim = 64});
+    if (!status.ok()) {
+      GTEST_SKIP() << "this machine does not run " << GetParam() << ": " << status;
     }
   }
 
   std::unique_ptr<Backend> backend(int num_threads) const {
+#ifdef LONGSPAN_CUDA
+    if (GetParam().starts_with("cuda")) {
+      ::setenv("LONGSPAN_CUDA_KERNELS", GetParam().substr(GetParam().find('_') + 1).c_str(), 1);
+      auto made = make_cuda_test_backend();
+      ::unsetenv("LONGSPAN_CUDA_KERNELS");
+      return made;
+    }
+#endif
     ::setenv("LONGSPAN_SIMD_TARGET", GetParam().c_str(), /*overwrite=*/1);
     auto made = make_simd_backend(BackendOptions{.num_threads = num_threads});
     ::unsetenv("LONGSPAN_SIMD_TARGET");
@@ -39,7 +54,18 @@ class Conformance : public ::testing::TestWithParam<std::string> {
   Stream stream_;
 };
 
-inline const auto kAllTargets = ::testing::Values("avx2", "avx512", "avx512bf16");
+inline const std::vector<std::string> kTargets = {
+    "avx2",
+    "avx512",
+    "avx512bf16",
+#ifdef LONGSPAN_CUDA
+    "cuda",
+    "cuda_portable",
+    "cuda_decode",
+    "cuda_tiles",
+#endif
+};
+inline const auto kAllTargets = ::testing::ValuesIn(kTargets);
 inline std::string target_name(const ::testing::TestParamInfo<std::string>& info) {
   return info.param;
 }

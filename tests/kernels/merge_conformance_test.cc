@@ -1,4 +1,4 @@
-// Summarize and merge: every target of the simd backend against the reference.
+// Summarize and merge: every target against the reference.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -95,7 +95,7 @@ TEST_P(SummarizeConformance, HasTheBitsOfTheReference) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Simd, SummarizeConformance, kAllTargets, target_name);
+INSTANTIATE_TEST_SUITE_P(Targets, SummarizeConformance, kAllTargets, target_name);
 
 struct MergeSetup {
   int64_t num_rows = 0;
@@ -232,7 +232,7 @@ TEST_P(MergeConformance, IsAssociative) {
   EXPECT_TRUE(lse_match(in_halves.lse, at_once.lse, tolerance(DataType::kFloat32)));
 }
 
-INSTANTIATE_TEST_SUITE_P(Simd, MergeConformance, kAllTargets, target_name);
+INSTANTIATE_TEST_SUITE_P(Targets, MergeConformance, kAllTargets, target_name);
 
 }  // namespace
 }  // namespace longspan::testing

@@ -1,4 +1,4 @@
-// Search: every target of the simd backend against the reference. Small whole numbers make all
+// Search: every target against the reference. Small whole numbers make all
 // scores exact and many of them equal, so there the selection must be the same id by id; with
 // random numbers it may differ only where scores tie within fp32 rounding.
 #include <algorithm>
@@ -442,7 +442,7 @@ TEST_P(SearchConformance, ExponentialsAreExactToTwoInTenMillion) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Simd, SearchConformance, kAllTargets, target_name);
+INSTANTIATE_TEST_SUITE_P(Targets, SearchConformance, kAllTargets, target_name);
 
 }  // namespace
 }  // namespace longspan::testing

@@ -51,11 +51,14 @@ def fingerprint(entry: dict) -> str:
 
 
 def our_entries(build: pathlib.Path, only: list[str]) -> list[dict]:
-    """One compile command for each source of ours; generated code is not ours."""
+    """One compile command for each source of ours; generated code is not ours. clang-tidy does not know nvcc's options,
+    so device code is left out."""
     entries = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         path = pathlib.Path(entry["file"])
         relative = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
+        if path.suffix == ".cu":
+            continue
         if relative and not relative.startswith("build/") and (not only or relative in only):
             entries.setdefault(relative, entry)
     return list(entries.values())

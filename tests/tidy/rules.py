@@ -28,7 +28,7 @@ VENDOR_HEADERS = [
     (r"mpi\.h$", r"comm/mpi\.cc$"),
     (r"gloo/", r"comm/gloo\.cc$"),
     (r"nccl\.h$", r"comm/nccl\.cc$"),
-    (r"(cuda|cublas|cutlass|cute|nv)\w*(\.h$|/)", r"(kernels/cuda/|base/device\.)"),
+    (r"(cuda|cublas|cutlass|cute|nv)\w*(\.h$|/)", r"(kernels/cuda/|bench/cuda_)"),
     (r"hwy/", r"(kernels/simd/|tests/kernels/|bench/)"),
     (r"\w*intrin\.h$", r"(kernels/simd/|bench/)"),
     (r"prometheus/", r"(base|worker|coordinator)/metrics|client/cli/serve\.cc$"),

@@ -231,6 +231,7 @@ def test_arrows_can_pass(path, text):
         ("worker/group.cc", "<mpi.h>"),
         ("comm/in_process.cc", "<nccl.h>"),
         ("worker/x.cc", "<cuda_runtime.h>"),
+        ("tests/kernels/x.cc", "<cuda_runtime.h>"),
         ("kernels/reference/attend.cc", '"hwy/highway.h"'),
         ("kernels/x.cc", '"grpcpp/grpcpp.h"'),
         ("base/config.cc", '"CLI/CLI.hpp"'),
@@ -255,6 +256,7 @@ def test_words_can_pass():
     "name, text",
     [
         ("a.cc", "int a;\n" * 601),
+        ("a.cu", "int a;\n" * 601),
         ("a.cc", "int a;"),
         ("a.cc", "int a; \n"),
         ("a.cc", "\tint a;\n"),

@@ -194,6 +194,9 @@ std::vector<Setting> settings() {
 #else
   std::vector<Setting> all;
   for (const std::string& backend : backend_names()) {
+    if ((*make_backend(backend, {}))->memory() != BackendMemory::kHost) {
+      continue;  // a rank's pages are in host memory
+    }
     for (const int ranks : {1, 2, 3, 4, 8}) {
       for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
         all.push_back({backend, ranks, dtype});
