@@ -33,7 +33,9 @@ int cluster_size(const SparseShape& shape, const DeviceInfo& device, int64_t lis
   while (least * 32 < shape.search.max_k) {
     least *= 2;
   }
-  int size = most;
+  // Clusters of 16 need a whole GPC each: on an H100 eight of them took longer than eight of 8.
+  constexpr int kMaxListsOfLargest = 7;
+  int size = lists > kMaxListsOfLargest ? std::min(most, kSparseMaxCluster / 2) : most;
   while (size > least && lists * size > device.num_sms) {
     size /= 2;
   }

@@ -29,10 +29,13 @@ SparseShape shape_of(int query_heads, int kv_heads, int64_t num_tokens, int64_t 
   return shape;
 }
 
-TEST(SparsePlan, FillsTheDeviceWithOneCluster) {
-  const SparseShape shape = shape_of(32, 8, int64_t{1} << 20, 64);
-  EXPECT_EQ(plan_sparse_decode(shape, hopper(), 16).cluster_size, 16);
-  EXPECT_EQ(plan_sparse_decode(shape, hopper(), 8).cluster_size, 8);
+TEST(SparsePlan, ClustersAreAsLargeAsTheDeviceCanPlaceAtOnce) {
+  const SparseShape four_lists = shape_of(64, 4, int64_t{1} << 20, 64);
+  EXPECT_EQ(plan_sparse_decode(four_lists, hopper(), 16).cluster_size, 16);
+  EXPECT_EQ(plan_sparse_decode(four_lists, hopper(), 8).cluster_size, 8);
+  const SparseShape eight_lists = shape_of(32, 8, int64_t{1} << 20, 64);
+  EXPECT_EQ(plan_sparse_decode(eight_lists, hopper(), 16).cluster_size, 8);
+  EXPECT_EQ(plan_sparse_decode(eight_lists, hopper(), 4).cluster_size, 4);
 }
 
 TEST(SparsePlan, ManyRowsHaveSmallClustersThatStillTellTheBest) {
@@ -96,7 +99,7 @@ TEST(SparsePlan, LaysOutSharedMemoryInOrderAndWithinTheLimit) {
           for (size_t i = 1; i < offsets.size(); ++i) {
             EXPECT_LE(offsets[i - 1], offsets[i]) << i;
           }
-          EXPECT_GE(layout.keys - layout.segments, 16 * plan.segment_places * 8);
+          EXPECT_GE(layout.keys - layout.segments, plan.cluster_size * plan.segment_places * 8);
           EXPECT_GE(layout.maxima - layout.keys, plan.key_places * 4);
           EXPECT_GE(int64_t{plan.key_places} * plan.cluster_size, tokens / 64);
           EXPECT_EQ(plan.shared_bytes, static_cast<size_t>(layout.end));
