@@ -354,9 +354,10 @@ void EmbeddedServer::stop() {
     housekeeper_.join();
   }
   if (server_ != nullptr) {
-    server_->GetHealthCheckService()->SetServingStatus(false);
+    // Health last: whoever has read of it finds nothing that still takes work.
     streams_.drain();
     lead_.drain();
+    server_->GetHealthCheckService()->SetServingStatus(false);
     // A step that outlasts the timeout is ended, so that its calls are answered all the same.
     std::jthread watchdog([this](const std::stop_token& done) {
       std::mutex mutex;
