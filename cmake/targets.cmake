@@ -28,8 +28,8 @@ if(LONGSPAN_SANITIZE)
   add_link_options(-fsanitize=${LONGSPAN_SANITIZE_FLAG})
   if("thread" IN_LIST LONGSPAN_SANITIZE)
     # Protobuf's headers add members to its map fields under this macro, but the distribution's library is built without
-    # them: a message with a map would be destroyed wrongly. The standard library is told by its own macro.
-    add_compile_options(-U__SANITIZE_THREAD__ -D_GLIBCXX_TSAN=1)
+    # them: a message with a map would be destroyed wrongly. The standard library and the tests are told by macros of their own.
+    add_compile_options(-U__SANITIZE_THREAD__ -D_GLIBCXX_TSAN=1 -DLONGSPAN_TSAN=1)
   endif()
 endif()
 

@@ -186,7 +186,7 @@ TEST_P(Sharded, AnswersAsTheReference) {
 }
 
 std::vector<Setting> settings() {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#if defined(LONGSPAN_TSAN) || defined(__SANITIZE_ADDRESS__)
   // Ten times slower: one of each kind of rank count, type and backend.
   return {{"simd", 1, DataType::kFloat32},
           {"simd", 4, DataType::kBFloat16},
