@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/cuda_check_memory.h"
 #include "kernels/cuda/attend_decode.h"
 #include "kernels/cuda/attend_pages.h"
 #include "kernels/cuda/convert.h"
@@ -20,57 +21,11 @@ namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// ---- Memory ----
-
-bool succeeded(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    std::printf("  %s: %s\n", what, cudaGetErrorString(error));
-  }
-  return error == cudaSuccess;
-}
-
-// Device memory of a check; a failure to allocate ends the program.
-template <class T>
-class Memory {
- public:
-  explicit Memory(size_t count) : count_(count) {
-    if (!succeeded(cudaMalloc(&data_, std::max<size_t>(count, 1) * sizeof(T)), "cudaMalloc")) {
-      std::exit(2);
-    }
-    cudaMemset(data_, 0xff, std::max<size_t>(count, 1) * sizeof(T));  // poison
-  }
-  explicit Memory(const std::vector<T>& host) : Memory(host.size()) {
-    cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice);
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { cudaFree(data_); }
-
-  T* data() const { return data_; }
-  size_t size() const { return count_; }
-  std::vector<T> host() const {
-    std::vector<T> copy(count_);
-    cudaMemcpy(copy.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost);
-    return copy;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t count_;
-};
-
 struct Device {
   int num_sms = 0;
   size_t shared_memory = 0;
   cudaStream_t stream = nullptr;
 };
-
-__device__ __forceinline__ uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
 
 __device__ __forceinline__ float normal(uint64_t seed, uint64_t index) {
   const uint64_t bits = mix(mix(seed) + index);

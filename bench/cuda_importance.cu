@@ -30,14 +30,7 @@
 namespace longspan::cuda {
 namespace {
 
-struct Options {
-  bool quick = false;
-  uint64_t seed = static_cast<uint64_t>(std::random_device{}());
-  std::string only;
-  std::string json;
-};
-
-int run_checks(const DeviceInfo& device, const Options& options) {
+int run_checks(const DeviceInfo& device, const BenchOptions& options) {
   int failures = 0;
   int number = 0;
   for (const ImportanceCase& c : importance_cases()) {
@@ -347,7 +340,7 @@ class Problem {
   AttendTilesArgs attend_;
 };
 
-void report(const Options& options,
+void report(const BenchOptions& options,
             const std::string& name,
             const Samples& time,
             double flop,
@@ -367,7 +360,7 @@ void report(const Options& options,
 }
 
 // Returns false if a result is wrong.
-bool run_timing(const Timing& timing, const DeviceInfo& device, const Options& options) {
+bool run_timing(const Timing& timing, const DeviceInfo& device, const BenchOptions& options) {
   if (case_name("importance", timing).find(options.only) == std::string::npos) {
     return true;
   }
@@ -400,7 +393,7 @@ bool run_timing(const Timing& timing, const DeviceInfo& device, const Options& o
   return right;
 }
 
-int run_times(const DeviceInfo& device, const Options& options) {
+int run_times(const DeviceInfo& device, const BenchOptions& options) {
   int failures = 0;
   constexpr int64_t kK = 1024;
   for (const Timing& timing : {Timing{64, 4, 32 * kK, 32, 16, 32 * kK},
@@ -420,31 +413,8 @@ int run_times(const DeviceInfo& device, const Options& options) {
 
 int main(int argc, char** argv) {
   using namespace longspan::cuda;
-  Options options;
-  for (int i = 1; i < argc; ++i) {
-    const bool more = i + 1 < argc;
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      options.quick = true;
-    } else if (std::strcmp(argv[i], "--seed") == 0 && more) {
-      options.seed = std::strtoull(argv[++i], nullptr, 10);
-    } else if (std::strcmp(argv[i], "--only") == 0 && more) {
-      options.only = argv[++i];
-    } else if (std::strcmp(argv[i], "--json") == 0 && more) {
-      options.json = argv[++i];
-    }
-  }
-  cudaDeviceProp properties;
-  CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
-  DeviceInfo device;
-  device.compute_major = properties.major;
-  device.compute_minor = properties.minor;
-  device.num_sms = properties.multiProcessorCount;
-  device.shared_memory_per_block = properties.sharedMemPerBlockOptin;
-  device.l2_bytes = static_cast<size_t>(properties.l2CacheSize);
-  std::printf("%s, %d SMs; seed %llu\n",
-              properties.name,
-              device.num_sms,
-              static_cast<unsigned long long>(options.seed));
+  const BenchOptions options = parse_options(argc, argv);
+  const DeviceInfo device = open_device(options.seed);
   int failures = run_checks(device, options);
   if (!options.quick) {
     failures += run_times(device, options);

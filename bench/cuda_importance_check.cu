@@ -95,14 +95,6 @@ __global__ void reference_kernel(const ImportanceArgs args,
   }
 }
 
-std::vector<std::byte> encode(DataType type, const std::vector<float>& values) {
-  std::vector<std::byte> bytes(values.size() * size_of(type));
-  for (size_t i = 0; i < values.size(); ++i) {
-    store_element(type, bytes.data(), i, values[i]);
-  }
-  return bytes;
-}
-
 // The inputs of a case, as they lie in device memory. Pages lie in random order and have values
 // behind the keys; what no window fills is NaN.
 struct Inputs {
@@ -162,22 +154,9 @@ Inputs make_inputs(const ImportanceCase& c, std::mt19937_64& random) {
   return inputs;
 }
 
-struct Verdict {
-  bool passed = true;
+struct ImportanceVerdict : Verdict {
   double largest_error = 0;
   int64_t other_ids = 0;
-
-  void fail(const char* what, int64_t list, int64_t place, double got, double expected) {
-    if (passed) {
-      std::printf("  list %lld place %lld: %s, got %.9g expected %.9g\n",
-                  static_cast<long long>(list),
-                  static_cast<long long>(place),
-                  what,
-                  got,
-                  expected);
-    }
-    passed = false;
-  }
 };
 
 bool near(double got, double expected) {
@@ -194,7 +173,7 @@ void check_list(const double* all,
                 const float* scores,
                 const int64_t* ids,
                 int64_t list,
-                Verdict& verdict) {
+                ImportanceVerdict& verdict) {
   std::vector<int64_t> ranking;
   for (int64_t block = begin; block < end; ++block) {
     ranking.push_back(block);
@@ -320,7 +299,7 @@ bool run_importance_case(const ImportanceCase& c,
                                 expected.data()));
   CHECK_CUDA(cudaDeviceSynchronize());
 
-  Verdict verdict;
+  ImportanceVerdict verdict;
   const Device<std::byte> workspace(plan.workspace_bytes);
   const Device<uint32_t> tickets(std::vector<uint32_t>(static_cast<size_t>(plan.num_tickets), 0U));
   std::vector<int64_t> first_ids;

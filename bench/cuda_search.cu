@@ -194,35 +194,11 @@ void run_times(const DeviceInfo& device, const std::string& json) {
 
 int main(int argc, char** argv) {
   using namespace longspan::cuda;
-  bool quick = false;
-  uint64_t seed = static_cast<uint64_t>(std::random_device{}());
-  std::string only;
-  std::string json;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
-    } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
-      seed = std::strtoull(argv[++i], nullptr, 10);
-    } else if (std::strcmp(argv[i], "--only") == 0 && i + 1 < argc) {
-      only = argv[++i];
-    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json = argv[++i];
-    }
-  }
-  cudaDeviceProp properties;
-  CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
-  DeviceInfo device;
-  device.compute_major = properties.major;
-  device.compute_minor = properties.minor;
-  device.num_sms = properties.multiProcessorCount;
-  device.shared_memory_per_block = properties.sharedMemPerBlockOptin;
-  std::printf("%s, %d SMs; seed %llu\n",
-              properties.name,
-              device.num_sms,
-              static_cast<unsigned long long>(seed));
-  const int failures = run_checks(device, seed, only);
-  if (!quick) {
-    run_times(device, json);
+  const BenchOptions options = parse_options(argc, argv);
+  const DeviceInfo device = open_device(options.seed);
+  const int failures = run_checks(device, options.seed, options.only);
+  if (!options.quick && failures == 0) {
+    run_times(device, options.json);
   }
   return failures == 0 ? 0 : 1;
 }

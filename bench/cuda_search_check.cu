@@ -115,14 +115,6 @@ __global__ void reference_kernel(const ReferenceArgs args, int num_lists) {
   }
 }
 
-std::vector<std::byte> encode(DataType type, const std::vector<float>& values) {
-  std::vector<std::byte> bytes(values.size() * size_of(type));
-  for (size_t i = 0; i < values.size(); ++i) {
-    store_element(type, bytes.data(), i, values[i]);
-  }
-  return bytes;
-}
-
 // The inputs of a case, on the device. Pages lie in random order; what no entry fills is NaN.
 class Inputs {
  public:
@@ -275,22 +267,9 @@ Results search(SearchTopkArgs args, const SearchPlan& plan, int64_t num_lists) {
 }
 
 // What was seen over the lists of a case.
-struct Verdict {
-  bool passed = true;
+struct SearchVerdict : Verdict {
   double largest_error = 0;  // relative to the sum of the products' sizes
   int64_t near_ties = 0;     // places with another id than the reference's
-
-  void fail(const char* what, int64_t list, int64_t place, double got, double expected) {
-    if (passed) {
-      std::printf("  list %lld place %lld: %s, got %.9g expected %.9g\n",
-                  static_cast<long long>(list),
-                  static_cast<long long>(place),
-                  what,
-                  got,
-                  expected);
-    }
-    passed = false;
-  }
 };
 
 // One list against all scores of its candidates.
@@ -304,7 +283,7 @@ void check_list(const double* all,
                 const float* scores,
                 const int64_t* ids,
                 int64_t list,
-                Verdict& verdict) {
+                SearchVerdict& verdict) {
   std::vector<int64_t> ranking;
   for (int64_t entry = begin; entry < end; ++entry) {
     ranking.push_back(entry);
@@ -391,7 +370,7 @@ bool run_case(Case c, const DeviceInfo& device, std::mt19937_64& random) {
   CHECK_CUDA(cudaDeviceSynchronize());
   const std::vector<double> all = scores.host();
   const std::vector<double> sizes = magnitudes.host();
-  Verdict verdict;
+  SearchVerdict verdict;
   verdict.passed = !results.ids.empty() || shape.num_rows * shape.max_k == 0;
   for (int64_t list = 0; verdict.passed && list < shape.num_rows * num_lists; ++list) {
     const auto row = static_cast<size_t>(list / num_lists);

@@ -171,24 +171,11 @@ struct Results {
   }
 };
 
-struct Verdict {
-  bool passed = true;
+struct SparseVerdict : Verdict {
   double score_error = 0;  // relative to the sum of the products' sizes
   double out_error = 0;    // relative to the sum of the weighted values' sizes
   double lse_error = 0;
   int64_t near_ties = 0;  // places with another id than the reference's
-
-  void fail(const char* what, int64_t list, int64_t place, double got, double expected) {
-    if (passed) {
-      std::printf("  list %lld place %lld: %s, got %.9g expected %.9g\n",
-                  static_cast<long long>(list),
-                  static_cast<long long>(place),
-                  what,
-                  got,
-                  expected);
-    }
-    passed = false;
-  }
 };
 
 struct ListScores {
@@ -206,7 +193,7 @@ void check_list(const ListScores& all,
                 const float* scores,
                 const int64_t* ids,
                 int64_t list,
-                Verdict& verdict) {
+                SparseVerdict& verdict) {
   std::vector<int64_t> ranking;
   for (int64_t entry = all.begin; entry < all.end; ++entry) {
     ranking.push_back(entry);
@@ -297,7 +284,7 @@ void joined_tokens(const SparseCase& c,
 void check_outputs(const SparseCase& c,
                    const ReferenceArgs& reference,
                    const Results& results,
-                   Verdict& verdict) {
+                   SparseVerdict& verdict) {
   const SearchShape& shape = c.shape.search;
   const auto heads = static_cast<size_t>(shape.num_rows * shape.num_query_heads);
   const auto dim = static_cast<size_t>(shape.dim);
@@ -383,7 +370,7 @@ bool run_sparse_case(const SparseCase& original,
     return false;
   }
   const SparseInputs inputs(c, random);
-  Verdict verdict;
+  SparseVerdict verdict;
   bool repeatable = true;
   const Results results = run_step(inputs.args(), plan, repeatable);
   if (!repeatable) {

@@ -45,7 +45,6 @@ struct TimedCase {
   int64_t k;
   bool attends;
   int max_cluster_size = kSparseMaxCluster;
-  bool fetch_ahead = false;
   bool all_pages =
       true;  // the context's pages all lie in memory; otherwise some of them, again and again
 };
@@ -174,9 +173,7 @@ void time_step(const TimedCase& timed, const DeviceInfo& device, const std::stri
   const TimedInputs inputs(timed);
   const Times times = time_calls(
       [&](int i, cudaStream_t stream) {
-        SparseDecodeArgs args = inputs.args(shape, i);
-        args.fetch_ahead = timed.fetch_ahead;
-        CHECK_CUDA(launch_sparse_decode(args, plan, stream));
+        CHECK_CUDA(launch_sparse_decode(inputs.args(shape, i), plan, stream));
       },
       160);
   const double row_bytes = 2.0 * TimedInputs::kDim * timed.kv_heads;
@@ -187,12 +184,11 @@ void time_step(const TimedCase& timed, const DeviceInfo& device, const std::stri
   const double bytes = summary_bytes + context_bytes;
   const double floor = bytes / (kPeakGigabytes * 1e6);
   std::printf(
-      "TIME %s, clusters of %d, %d stages%s: single %.2f us, in a graph %.2f us (%.2f to %.2f); "
+      "TIME %s, clusters of %d, %d stages: single %.2f us, in a graph %.2f us (%.2f to %.2f); "
       "%.1f MB, floor %.2f us, %.2f of it\n",
       name,
       plan.cluster_size,
       plan.num_stages,
-      timed.fetch_ahead ? ", pages fetched ahead" : "",
       times.single * 1e3,
       times.in_graph * 1e3,
       times.least * 1e3,
@@ -201,7 +197,7 @@ void time_step(const TimedCase& timed, const DeviceInfo& device, const std::stri
       floor * 1e3,
       floor / times.in_graph);
   std::fflush(stdout);
-  if (timed.max_cluster_size == kSparseMaxCluster && !timed.fetch_ahead) {
+  if (timed.max_cluster_size == kSparseMaxCluster) {
     append_json(json,
                 "cuda_sparse_decode",
                 name,
@@ -226,11 +222,8 @@ void run_times(const DeviceInfo& device, const std::string& json) {
       }
       time_step({"128K", heads.query, heads.kv, kMillion / 8, 64, attends}, device, json);
     }
-    // The choices that were made, beside others.
+    // The choice that was made, beside another.
     TimedCase other = {"1M", heads.query, heads.kv, kMillion, 64, true};
-    other.fetch_ahead = true;
-    time_step(other, device, json);
-    other.fetch_ahead = false;
     other.max_cluster_size = 8;
     time_step(other, device, json);
     TimedCase long_context = {"10M", heads.query, heads.kv, 10 * kMillion, 64, true};
@@ -244,36 +237,12 @@ void run_times(const DeviceInfo& device, const std::string& json) {
 
 int main(int argc, char** argv) {
   using namespace longspan::cuda;
-  bool quick = false;
-  uint64_t seed = static_cast<uint64_t>(std::random_device{}());
-  std::string only;
-  std::string json;
-  for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
-    } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
-      seed = std::strtoull(argv[++i], nullptr, 10);
-    } else if (std::strcmp(argv[i], "--only") == 0 && i + 1 < argc) {
-      only = argv[++i];
-    } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json = argv[++i];
-    }
-  }
-  cudaDeviceProp properties;
-  CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
-  DeviceInfo device;
-  device.compute_major = properties.major;
-  device.compute_minor = properties.minor;
-  device.num_sms = properties.multiProcessorCount;
-  device.shared_memory_per_block = properties.sharedMemPerBlockOptin;
-  std::printf("%s, %d SMs; clusters of up to %d; seed %llu\n",
-              properties.name,
-              device.num_sms,
-              sparse_max_cluster_size(),
-              static_cast<unsigned long long>(seed));
-  const int failures = run_checks(device, seed, only);
-  if (!quick && failures == 0) {
-    run_times(device, json);
+  const BenchOptions options = parse_options(argc, argv);
+  const DeviceInfo device = open_device(options.seed);
+  std::printf("clusters of up to %d\n", sparse_max_cluster_size());
+  const int failures = run_checks(device, options.seed, options.only);
+  if (!options.quick && failures == 0) {
+    run_times(device, options.json);
   }
   return failures == 0 ? 0 : 1;
 }

@@ -1,5 +1,4 @@
-// What the benchmarks of the GPU's kernels share: device memory, random fill, times. No other
-// library of ours.
+// What the benchmarks of the GPU's kernels share: options, device memory, random fill, times.
 #pragma once
 
 #include <algorithm>
@@ -7,11 +6,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <random>
 #include <string>
 #include <vector>
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include "base/data_type.h"
+#include "kernels/cuda/device_info.h"
 
 namespace longspan::cuda {
 
@@ -26,6 +29,77 @@ inline void check(cudaError_t error, const char* call) {
   }
 }
 #define CHECK_CUDA(call) check((call), #call)
+
+struct BenchOptions {
+  bool quick = false;  // checks alone
+  uint64_t seed = static_cast<uint64_t>(std::random_device{}());
+  std::string only;  // the checks whose names have this text
+  std::string json;  // a line for each timed case is added to this file
+};
+
+// Ends the program, with the usage, at what it does not know.
+inline BenchOptions parse_options(int argc, char** argv) {
+  BenchOptions options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const bool has_value = i + 1 < argc;
+    if (argument == "--quick") {
+      options.quick = true;
+    } else if (argument == "--seed" && has_value) {
+      options.seed = std::strtoull(argv[++i], nullptr, 10);
+    } else if (argument == "--only" && has_value) {
+      options.only = argv[++i];
+    } else if (argument == "--json" && has_value) {
+      options.json = argv[++i];
+    } else {
+      std::fprintf(stderr, "usage: %s [--quick] [--seed N] [--only TEXT] [--json FILE]\n", argv[0]);
+      std::exit(2);
+    }
+  }
+  return options;
+}
+
+// The first device, whose name it prints with the seed.
+inline DeviceInfo open_device(uint64_t seed) {
+  cudaDeviceProp properties;
+  CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
+  DeviceInfo device;
+  device.compute_major = properties.major;
+  device.compute_minor = properties.minor;
+  device.num_sms = properties.multiProcessorCount;
+  device.shared_memory_per_block = properties.sharedMemPerBlockOptin;
+  device.l2_bytes = static_cast<size_t>(properties.l2CacheSize);
+  std::printf("%s, %d SMs; seed %llu\n",
+              properties.name,
+              device.num_sms,
+              static_cast<unsigned long long>(seed));
+  return device;
+}
+
+// Whether a case passed; the first mismatch is printed.
+struct Verdict {
+  bool passed = true;
+
+  void fail(const char* what, int64_t list, int64_t place, double got, double expected) {
+    if (passed) {
+      std::printf("  list %lld place %lld: %s, got %.9g expected %.9g\n",
+                  static_cast<long long>(list),
+                  static_cast<long long>(place),
+                  what,
+                  got,
+                  expected);
+    }
+    passed = false;
+  }
+};
+
+inline std::vector<std::byte> encode(DataType type, const std::vector<float>& values) {
+  std::vector<std::byte> bytes(values.size() * size_of(type));
+  for (size_t i = 0; i < values.size(); ++i) {
+    store_element(type, bytes.data(), i, values[i]);
+  }
+  return bytes;
+}
 
 template <class T>
 class Device {

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
-    watch_maxima<kDim>(args, memory, unit, pages, lane);
+    watch_maxima(args, memory, lane);
   }
   __syncthreads();
 

@@ -30,10 +30,6 @@ struct SparseDecodeArgs {
   void* out = nullptr;    // [T][H][D] of out_dtype
   DataType out_dtype = DataType::kFloat32;
   float* lse = nullptr;  // [T][H], natural log
-
-  // Whether pages that will probably be chosen are brought to L2 while the last summaries are
-  // scored. On an H100 this took longer than it saved.
-  bool fetch_ahead = false;
 };
 
 // The largest cluster, 16 blocks at most, of which the device has room for eight; 0 where it has

@@ -207,13 +207,9 @@ __device__ __forceinline__ float score_rows(const unsigned char* tile,
 }
 
 // After how many tiles maxima are sent. What is known when an eighth is left to do tells almost as
-// much as all; a quarter leaves time to fetch pages ahead.
-__device__ __forceinline__ bool fetches_ahead(const KernelArgs& args, const Pages& pages) {
-  return args.step.fetch_ahead && args.step.shape.attends && args.plan.groups_per_warp == 1 &&
-         pages.count >= 8;
-}
-__device__ __forceinline__ int known_tiles(const KernelArgs& args, const Pages& pages) {
-  return pages.count - pages.count / (fetches_ahead(args, pages) ? 4 : 8);
+// much as all.
+__device__ __forceinline__ int known_tiles(const Pages& pages) {
+  return pages.count - pages.count / 8;
 }
 
 // Sends the maxima of the warp's groups to all blocks of the cluster.
@@ -255,7 +251,7 @@ __device__ __forceinline__ void score_tiles(const KernelArgs& args,
   const int begin = state.begin;
   const int end = state.end;
   const int row = TileRows<kDim>::summed(warp, lane);
-  const int tiles_before_sending = known_tiles(args, pages);
+  const int tiles_before_sending = known_tiles(pages);
   uint32_t best = 0;
   int stage = 0;
   uint32_t parity = 0;

@@ -13,42 +13,31 @@
 
 namespace longspan::cuda::sparse {
 
-// The largest numbers that at least k and k / 2 of the values reach; 0 if there are fewer. By one
-// warp.
-struct Thresholds {
-  uint32_t of_k;
-  uint32_t of_half;
-};
-
+// The largest number that at least k of the values reach; 0 if there are fewer. By one warp.
 // `reached_by` counts the lane's values from a number on.
 template <class ReachedBy>
-__device__ __forceinline__ Thresholds find_thresholds(const ReachedBy& reached_by,
-                                                      int k,
-                                                      bool both) {
-  const int wanted[2] = {k, max(1, k / 2)};
-  uint32_t found[2] = {0, 0};
-  bool open[2] = {true, both};
-  for (uint32_t bit = 1U << 31; bit != 0 && (open[0] || open[1]); bit >>= 1) {
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      if (open[t]) {
-        const uint32_t trial = found[t] | bit;
-        const int reached = __reduce_add_sync(kFullWarp, reached_by(trial));
-        found[t] = reached >= wanted[t] ? trial : found[t];
-        open[t] = reached != wanted[t];
-      }
+__device__ __forceinline__ uint32_t find_threshold(const ReachedBy& reached_by, int k) {
+  uint32_t found = 0;
+  for (uint32_t bit = 1U << 31; bit != 0; bit >>= 1) {
+    const uint32_t trial = found | bit;
+    const int reached = __reduce_add_sync(kFullWarp, reached_by(trial));
+    found = reached >= k ? trial : found;
+    if (reached == k) {
+      break;
     }
   }
-  return {found[0], found[1]};
+  return found;
 }
 
 // Of the maxima of all groups. With one group a warp they are few enough for registers.
-__device__ __forceinline__ Thresholds
-find_thresholds(const KernelArgs& args, const Memory& memory, int k, bool both, int lane) {
+__device__ __forceinline__ uint32_t find_threshold(const KernelArgs& args,
+                                                   const Memory& memory,
+                                                   int k,
+                                                   int lane) {
   const uint32_t* values = memory.maxima() + lane;
   const int count = args.plan.cluster_size * kSparseWorkerWarps * args.plan.groups_per_warp;
   if (args.plan.groups_per_warp > 1) {
-    return find_thresholds(
+    return find_threshold(
         [&](uint32_t trial) {
           int reached = 0;
 #pragma unroll 8
@@ -57,8 +46,7 @@ find_thresholds(const KernelArgs& args, const Memory& memory, int k, bool both, 
           }
           return reached;
         },
-        k,
-        both);
+        k);
   }
   constexpr int kMost = kSparseMaxCluster * kSparseWorkerWarps / kWarpSize;
   uint32_t own[kMost];
@@ -66,7 +54,7 @@ find_thresholds(const KernelArgs& args, const Memory& memory, int k, bool both, 
   for (int i = 0; i < kMost; ++i) {
     own[i] = i * kWarpSize < count ? values[i * kWarpSize] : 0;
   }
-  return find_thresholds(
+  return find_threshold(
       [&](uint32_t trial) {
         int reached = 0;
 #pragma unroll
@@ -75,49 +63,18 @@ find_thresholds(const KernelArgs& args, const Memory& memory, int k, bool both, 
         }
         return reached;
       },
-      k,
-      both);
-}
-
-// Asks for the pages of this block's candidates that reach a threshold, so that they come to L2
-// while the choice is made. Only a hint: what is not scored yet may be taken for anything.
-template <int kDim>
-__device__ __forceinline__ void fetch_pages_ahead(const KernelArgs& args,
-                                                  const Memory& memory,
-                                                  const Unit& unit,
-                                                  const Pages& pages,
-                                                  uint32_t threshold,
-                                                  int lane) {
-  constexpr uint32_t kTileBytes = kPageTokens * kDim * 2;
-  const State& state = memory.state();
-  const uint32_t* keys = memory.keys();
-#pragma unroll 4
-  for (int place = lane; place < known_tiles(args, pages) * kPageTokens; place += kWarpSize) {
-    if (keys[place] >= threshold) {
-      const int entry = pages.page(unit, place / kPageTokens) * kPageTokens + place % kPageTokens;
-      if (entry >= state.begin && entry < state.end) {
-        const std::byte* tile =
-            args.step.kv.pages[entry] + static_cast<size_t>(unit.kv_head) * kTileBytes;
-        ptx::prefetch_bulk(tile, kTileBytes);
-        ptx::prefetch_bulk(tile + args.step.kv.value_offset_bytes(), kTileBytes);
-      }
-    }
-  }
+      k);
 }
 
 // Waits for the maxima of all blocks and makes the threshold of them. By one warp.
-template <int kDim>
-__device__ __forceinline__ void watch_maxima(
-    const KernelArgs& args, const Memory& memory, const Unit& unit, const Pages& pages, int lane) {
+__device__ __forceinline__ void watch_maxima(const KernelArgs& args,
+                                             const Memory& memory,
+                                             int lane) {
   State& state = memory.state();
-  const bool ahead = fetches_ahead(args, pages) && state.k > 0;
   ptx::barrier_wait(memory.maxima_full(), 0);
-  const Thresholds thresholds = find_thresholds(args, memory, state.k, ahead, lane);
+  const uint32_t threshold = find_threshold(args, memory, state.k, lane);
   if (lane == 0) {
-    state.threshold = max(thresholds.of_k, 1U);
-  }
-  if (ahead) {
-    fetch_pages_ahead<kDim>(args, memory, unit, pages, max(thresholds.of_half, 1U), lane);
+    state.threshold = max(threshold, 1U);
   }
 }
 

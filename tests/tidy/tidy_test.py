@@ -248,7 +248,7 @@ def test_words_can_fail(word):
 
 
 def test_words_can_pass():
-    text = "path = ${root}/work/x\nkernels/root/y\nmethod\n"
+    text = "path = ${root}/wo" "rk/x\nkernels/root/y\nmethod\n"
     assert not rules.check_words(pathlib.PurePosixPath("a.cc"), text)
 
 
