@@ -1,6 +1,7 @@
 #include "kernels/cuda/backend.h"
 
 #include <cstdlib>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -36,13 +37,23 @@ Status check_dim(const char* name, int dim) {
 }
 
 // All kernels, or those that $LONGSPAN_CUDA_KERNELS names.
-Kernels choose_kernels() {
+StatusOr<Kernels> choose_kernels() {
   const char* wanted = std::getenv("LONGSPAN_CUDA_KERNELS");
-  const std::string_view name = wanted == nullptr ? "" : wanted;
-  return name == "portable" ? Kernels::kPortable
-         : name == "decode" ? Kernels::kDecode
-         : name == "tiles"  ? Kernels::kTiles
-                            : Kernels::kAll;
+  const std::string name = wanted == nullptr ? "all" : wanted;
+  if (name == "all") {
+    return Kernels::kAll;
+  }
+  if (name == "portable") {
+    return Kernels::kPortable;
+  }
+  if (name == "decode") {
+    return Kernels::kDecode;
+  }
+  if (name == "tiles") {
+    return Kernels::kTiles;
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "LONGSPAN_CUDA_KERNELS: must be all, portable, decode or tiles, got \"", name, "\""));
 }
 
 // The device, if the kernels run on it.
@@ -66,9 +77,9 @@ StatusOr<DeviceInfo> usable_device() {
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(DeviceInfo device) {
+  CudaBackend(DeviceInfo device, Kernels kernels) {
     machine_.device = std::move(device);
-    machine_.kernels = choose_kernels();
+    machine_.kernels = kernels;
   }
 
   std::string_view name() const override { return "cuda"; }
@@ -117,13 +128,13 @@ class CudaBackend final : public Backend {
   Machine machine_;
 };
 
-// Stands in on a machine without a device for it: it says so, whatever is asked.
+// Stands in where the backend cannot be made: it gives the reason, whatever is asked.
 class MissingBackend final : public Backend {
  public:
   explicit MissingBackend(Status reason) : reason_(std::move(reason)) {}
 
   std::string_view name() const override { return "cuda"; }
-  std::string detail() const override { return "no device for it"; }
+  std::string detail() const override { return "not available"; }
   BackendMemory memory() const override { return BackendMemory::kDevice; }
   Status supports(const Problem& /*problem*/) const override { return reason_; }
   Status summarize(const SummarizeParams& /*params*/, Stream& /*stream*/) override {
@@ -140,11 +151,15 @@ class MissingBackend final : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& /*options*/) {
+  const StatusOr<Kernels> kernels = choose_kernels();
+  if (!kernels.ok()) {
+    return std::make_unique<MissingBackend>(kernels.status());
+  }
   StatusOr<DeviceInfo> device = usable_device();
   if (!device.ok()) {
     return std::make_unique<MissingBackend>(device.status());
   }
-  return std::make_unique<CudaBackend>(*std::move(device));
+  return std::make_unique<CudaBackend>(*std::move(device), *kernels);
 }
 
 }  // namespace longspan

@@ -1,5 +1,8 @@
 #include "kernels/backend.h"
 
+#include <cstdlib>
+#include <string>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -8,6 +11,18 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAre;
+
+#ifdef LONGSPAN_CUDA
+TEST(Backends, CudaNamesAnUnknownChoiceOfKernels) {
+  ::setenv("LONGSPAN_CUDA_KERNELS", "nosuch", /*overwrite=*/1);
+  const auto backend = make_backend("cuda", {});
+  ::unsetenv("LONGSPAN_CUDA_KERNELS");
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  const Status status = (*backend)->supports({.key_dim = 64, .value_dim = 64});
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("LONGSPAN_CUDA_KERNELS"));
+}
+#endif
 
 TEST(Backends, AreMadeByName) {
 #ifdef LONGSPAN_CUDA

@@ -34,7 +34,10 @@ class Conformance : public ::testing::TestWithParam<std::string> {
   std::unique_ptr<Backend> backend(int num_threads) const {
 #ifdef LONGSPAN_CUDA
     if (GetParam().starts_with("cuda")) {
-      ::setenv("LONGSPAN_CUDA_KERNELS", GetParam().substr(GetParam().find('_') + 1).c_str(), 1);
+      const size_t underscore = GetParam().find('_');
+      const std::string kernels =
+          underscore == std::string::npos ? "all" : GetParam().substr(underscore + 1);
+      ::setenv("LONGSPAN_CUDA_KERNELS", kernels.c_str(), /*overwrite=*/1);
       auto made = make_cuda_test_backend();
       ::unsetenv("LONGSPAN_CUDA_KERNELS");
       return made;
