@@ -119,7 +119,9 @@ int run(int argc, char** argv) {
               static_cast<unsigned long>(options.seed));
   const int failed = options.times_only ? 0 : run_checks(options, device);
   const bool timed =
-      options.quick || run_times({options.only, options.json, failed == 0, options.seed}, device);
+      options.quick ||
+      run_times({options.only, options.json, !options.times_only && failed == 0, options.seed},
+                device);
   return failed == 0 && timed ? 0 : 1;
 }
 
